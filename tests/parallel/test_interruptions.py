@@ -25,10 +25,10 @@ class Block(nn.Module):
         super().__init__()
         self.linear = nn.Linear(D, D)
 
-    def forward(self, x: Tensor, fails: bool) -> Tensor:
+    def forward(self, x: Tensor, fails: type[BaseException] | None) -> Tensor:
         y = x + torch.tanh(self.linear(x))
-        if fails:
-            raise ZeroDivisionError
+        if fails is not None:
+            raise fails
         return y
 
 
@@ -37,9 +37,15 @@ class Net(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block() for _ in range(5))
 
-    def forward(self, x: Tensor, fails_at: int = -1, backward_fails_at: int = -1) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        fails_at: int = -1,
+        backward_fails_at: int = -1,
+        error: type[BaseException] = ZeroDivisionError,
+    ) -> Tensor:
         for i, block in enumerate(self.blocks):
-            x = block(x, i == fails_at)
+            x = block(x, error if i == fails_at else None)
             if i == backward_fails_at:
                 x.register_hook(_fail)
         return x.square().sum()
@@ -56,6 +62,12 @@ def units_of(net: Net) -> list[tuple[str, list[nn.Module]]]:
 def failing_forward(model: Sharded, x: Tensor) -> None:
     with suppress(ZeroDivisionError):
         model(x, fails_at=2)
+
+
+def interrupted_forward(model: Sharded, x: Tensor) -> None:
+    # torch calls no hook then: it catches nothing but `Exception`
+    with suppress(KeyboardInterrupt):
+        model(x, fails_at=2, error=KeyboardInterrupt)
 
 
 def failing_backward(model: Sharded, x: Tensor) -> None:
@@ -91,7 +103,15 @@ def input_gradient(model: Sharded, x: Tensor) -> None:
 
 EVENTS: dict[str, Callable[[Sharded, Tensor], None]] = {
     f.__name__: f
-    for f in (failing_forward, failing_backward, evaluation, held, step, input_gradient)
+    for f in (
+        failing_forward,
+        interrupted_forward,
+        failing_backward,
+        evaluation,
+        held,
+        step,
+        input_gradient,
+    )
 }
 
 

@@ -194,6 +194,25 @@ def nested(last: bool = False) -> Case:
     return net, [*inner, *outer] if last else [*outer, *inner], lambda m, x: m(x)
 
 
+class Around(nn.Module):
+    """Calls a module that has its matrix, too, before it uses that again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer, self.inner = nn.Linear(D, D), nn.Linear(D, D)
+        self.inner.weight = self.outer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = self.inner(torch.tanh(self.outer(x)))
+        return x + torch.tanh(self.outer(inside))
+
+
+def around() -> Case:
+    net = nn.Sequential(*(Around() for _ in range(4)))
+    units = [(f"{i}", [block, block.inner]) for i, block in enumerate(net)]
+    return net, units, lambda m, x: m(x).square().sum()
+
+
 class Keeper(nn.Module):
     """Keeps its parameters in a dictionary of its own too, and that up to date."""
 
@@ -271,6 +290,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "dataclasses": dataclasses,
     "nested": nested,
     "nested, the outer last": lambda: nested(True),
+    "around another of its unit": around,
     "recurrent": recurrent,
     "towers": towers,
     "towers checkpointed": lambda: towers(True),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from retool.parallel.collectives import sum_over
 from retool.parallel.fsdp import Sharded, shard
@@ -98,6 +99,43 @@ def test_sums_beside_the_backward_have_the_bits_of_one_after_it() -> None:
 @pytest.mark.slow
 def test_sums_of_every_case_have_the_bits_of_one_after_the_backward() -> None:
     check(CASES, (False, True))
+
+
+class Reentrant(nn.Module):
+    """Each checkpoint's backward is a backward of its own, inside the whole one; the first unit is used
+    in two of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor, again: bool) -> Tensor:
+        for i in (0, 1, 0, 2):
+            block = self.blocks[i]
+            x = x + torch.tanh(checkpoint(block, x, use_reentrant=True) if again else block(x))
+        return x.square().sum()
+
+
+def of_reentrant() -> list[list[float]]:
+    """Gradients of a last backward, with and without checkpoints."""
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        net = Reentrant()
+        units = [(f"{i}", [unit]) for i, unit in enumerate(net.blocks)]
+        model = shard(net, units, make_mesh(fsdp_size=1), param_dtype=torch.float32)
+        x = torch.full((2, 8), 1.0 + model.mesh.rank, requires_grad=True)
+        with model.last_backward():
+            model(x, again).backward()
+        model.finish_gradients()
+        found.append(model.grad.tolist())
+    return found
+
+
+def test_a_backward_inside_the_last_one_belongs_to_it() -> None:
+    for plain, again in run_ranks(of_reentrant, 2):
+        assert any(plain) and again == plain
 
 
 def order_of_events() -> list[str]:

@@ -59,6 +59,7 @@ CASES = (
     "twice",
     "sometimes",
     "nested",
+    "around another of its unit",
     "towers",
     "towers checkpointed",
     "images",

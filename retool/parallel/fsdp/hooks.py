@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,9 +107,9 @@ def attach(sharded: Sharded, place: int, module: nn.Module, first: bool, only: b
     weights = [unit.weights.data.untyped_storage().data_ptr() for unit in units]
     began = 0  # autograd's number of the first node that this forward makes
 
-    def after_backward() -> None:
+    def after_backward(counted: bool) -> None:
         if only:
-            sharded.after_unit_backward(place)
+            sharded.after_unit_backward(place, counted)
         else:
             sharded.release(place)
 
@@ -116,17 +117,26 @@ def attach(sharded: Sharded, place: int, module: nn.Module, first: bool, only: b
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         nonlocal began
+        # The call around this one uses the weights for longer
+        inside = any(unit.running for unit in units)
+        for unit in units:
+            unit.running += 1
         if torch.is_grad_enabled():
-            args, kwargs = _mark(args, kwargs, after_backward)
-            for unit in units:
-                unit.open_uses += 1
+            if not inside:
+                # Run again by a checkpoint, it is no use more
+                counted = not in_backward()
+                args, kwargs = _mark(args, kwargs, partial(after_backward, counted))
+                for unit in units:
+                    unit.open_uses += counted
             began = torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
         sharded.before_forward(place, first)
         return args, kwargs
 
     def after(_: nn.Module, args: Any, output: Any) -> None:
+        for unit in units:
+            unit.running = max(unit.running - 1, 0)
         # Run again by a checkpoint, it is in use until its backward ends
-        if not in_backward():
+        if not in_backward() and not any(unit.running for unit in units):
             sharded.release(place)
         # As they are in this forward: by its backward the optimizer may have stepped
         version = sharded.version

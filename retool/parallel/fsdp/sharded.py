@@ -190,6 +190,7 @@ class Sharded:
         With replicas (HSDP) each unit's gradients are added up over them as soon as they are whole,
         beside the rest of the backward. Without it that starts in `finish_gradients`.
         """
+        self._check_incomplete()
         self._last = True
         try:
             yield
@@ -197,8 +198,9 @@ class Sharded:
             self._last = False
 
     def zero_grad(self) -> None:
-        """Forget all gradients, also held ones and what a backward that failed has left."""
+        """Forget all gradients, also held ones and what a forward or backward that failed has left."""
         for unit in self.units:
+            unit.give_up()
             unit.gradients.forget()
         self.grad.zero_()
 
@@ -272,8 +274,9 @@ class Sharded:
         backward = torch._C._current_graph_task_id()  # type: ignore[attr-defined]
         # Once for each backward, whichever unit comes first in it
         if backward != self._announced_backward:
-            if any(unit.gradients.complete for unit in self.units):
-                self._refuse_more()
+            # A checkpoint's may be a backward of its own, inside the last one
+            if not self._last:
+                self._check_incomplete()
             self._announced_backward = backward
             engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(self._after_backward)  # type: ignore[attr-defined]
@@ -292,14 +295,18 @@ class Sharded:
         for unit in self.places[place]:
             unit.release()
 
-    def after_unit_backward(self, place: int) -> None:
-        """Release the units at `place` and start to reduce their gradients."""
+    def after_unit_backward(self, place: int, counted: bool) -> None:
+        """Release the units at `place` and start to reduce their gradients.
+
+        `counted`: the forward was among the units' `open_uses`; one in a backward wasn't.
+        """
         self.release(place)
         for unit in self.places[place]:
             self._reduce(unit)
-            unit.open_uses -= 1
+            unit.open_uses -= counted
             # A unit that is used again has more gradients to come
-            if self._last and not self._holding and unit.open_uses == 0:
+            whole = counted and unit.open_uses == 0
+            if self._last and not self._holding and whole:
                 unit.gradients.complete_sum()
             if not self.backward_overlap:
                 unit.gradients.wait()
@@ -324,6 +331,10 @@ class Sharded:
         if unit.gradients.arrived() and unit.gradients.complete:
             self._refuse_more()
         unit.gradients.reduce(self._holding)
+
+    def _check_incomplete(self) -> None:
+        if any(unit.gradients.complete for unit in self.units):
+            self._refuse_more()
 
     def _refuse_more(self) -> None:
         """RuntimeError where gradients would come to a sum over replicas that is complete."""

@@ -51,6 +51,8 @@ class Unit:
         self.group = group_of(layout, mesh)
         self.weights = weights
         self.shard = shard
+        # Calls of its modules under way, one inside the other
+        self.running = 0
         # Forwards with these weights whose backward hasn't ended
         self.open_uses = 0
         # Whether its weights were gathered for a backward since its last forward
@@ -96,6 +98,11 @@ class Unit:
         # A second event would be later than the last use, and the next gather would wait for it.
         if self.weights.in_use and self.weights.holder in (self.index, None):
             self._end_use()
+
+    def give_up(self) -> None:
+        """No call of its modules is under way, also where one was interrupted and no hook ran."""
+        self.running = 0
+        self.release()
 
     def _end_use(self) -> None:
         self.weights.in_use = None
