@@ -190,7 +190,7 @@ class Sharded:
         With replicas (HSDP) each unit's gradients are added up over them as soon as they are whole,
         beside the rest of the backward. Without it that starts in `finish_gradients`.
         """
-        self._check_incomplete()
+        _check_incomplete(self.units, self.mesh)
         self._last = True
         try:
             yield
@@ -276,7 +276,7 @@ class Sharded:
         if backward != self._announced_backward:
             # A checkpoint's may be a backward of its own, inside the last one
             if not self._last:
-                self._check_incomplete()
+                _check_incomplete(self.units, self.mesh)
             self._announced_backward = backward
             engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(self._after_backward)  # type: ignore[attr-defined]
@@ -328,21 +328,18 @@ class Sharded:
                 "them: call its module itself, and let it return tensors, or tuples, lists, dicts "
                 "or dataclasses of them."
             )
-        if unit.gradients.arrived() and unit.gradients.complete:
-            self._refuse_more()
+        if unit.gradients.arrived():
+            _check_incomplete([unit], self.mesh)
         unit.gradients.reduce(self._holding)
 
-    def _check_incomplete(self) -> None:
-        if any(unit.gradients.complete for unit in self.units):
-            self._refuse_more()
 
-    def _refuse_more(self) -> None:
-        """RuntimeError where gradients would come to a sum over replicas that is complete."""
-        if self.mesh.replica_group is not None:
-            raise RuntimeError(
-                "the gradients were added over the replicas already: call zero_grad before the next backward, "
-                "and put only the last one of a step into last_backward."
-            )
+def _check_incomplete(units: Sequence[Unit], mesh: Mesh) -> None:
+    """RuntimeError where gradients would come to a sum over replicas that is complete."""
+    if mesh.replica_group is not None and any(unit.gradients.complete for unit in units):
+        raise RuntimeError(
+            "the gradients were added over the replicas already: call zero_grad before the next backward, "
+            "and put only the last one of a step into last_backward."
+        )
 
 
 def _check_backward(trained: bool, same_weights: bool) -> None:
