@@ -7,7 +7,14 @@ import sys
 from collections.abc import Sequence
 
 from retool.config.command import calm_threads
-from retool.talk.options import CODE, NO_TOOLS, add_environment, add_episode, add_options
+from retool.talk.options import (
+    CODE,
+    NO_TOOLS,
+    add_environment,
+    add_episode,
+    add_options,
+    require_effect,
+)
 
 EPILOG = """in the conversation:
   /reset          forget what was said
@@ -49,6 +56,7 @@ def main(words: Sequence[str], program: str = "python -m retool chat") -> int:
     from retool.talk.dialogue import hold
 
     try:
+        require_effect(options)
         return hold(options, EPILOG)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retool.config.command import calm_threads
-from retool.talk.options import NO_TOOLS, add_environment, add_max_num_seqs, add_options
+from retool.talk.options import (
+    NO_TOOLS,
+    add_environment,
+    add_max_num_seqs,
+    add_options,
+    require_effect,
+)
 
 EPILOG = """A line of the output has the row, and `completions`: of each its last text, why it ended
 (finish_reason: stop, length, max_turns, tool_failure), its tokens, and all messages with tool calls
@@ -58,6 +64,7 @@ def main(words: Sequence[str], program: str = "python -m retool generate") -> in
     from retool.talk.writing import write_answers
 
     try:
+        require_effect(options)
         return write_answers(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,6 +8,8 @@ from retool.rl.agent.formats.table import AUTO, FORMATS
 
 CODE = "code"  # what --tools says for the code interpreter of this machine
 NO_TOOLS = "none"
+OF_ENVIRONMENTS = ("environment_kwargs", "rows", "row", "play")
+OF_QUESTIONS = ("system", "column")
 
 
 def add_options(parser: argparse.ArgumentParser, tools: str | None, max_tokens: int) -> None:
@@ -100,6 +102,15 @@ def add_episode(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--play", action="store_true", help="you make the turns, in the place of the model"
     )
+
+
+def require_effect(options: argparse.Namespace) -> None:
+    """ValueError for an option that the others leave without effect."""
+    in_world = options.environment is not None
+    where = "in an environment" if in_world else "without --environment"
+    for name in OF_QUESTIONS if in_world else OF_ENVIRONMENTS:
+        if getattr(options, name, None):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect {where}: leave it out.")
 
 
 def add_max_num_seqs(parser: argparse._ActionsContainer) -> None:

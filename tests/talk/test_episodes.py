@@ -266,6 +266,10 @@ def test_the_command_plays_an_episode_of_what_is_piped(
         ([f"{game}/Nothing"], "has no 'Nothing'; it has Game"),
         ([f"{game}/Game", "--environment-kwargs", "5"], "give a mapping, such as {most: 5}"),
         ([f"{game}/Game", "--row", "-1"], "--row -1: the first is 0"),
+        ([f"{game}/Game", "--system", "Play."], "--system has no effect in an environment"),
     ):
         assert main([*words[:-1], *wrong]) == 1
         assert why in capsys.readouterr().err
+    for idle in (["--play"], ["--rows", rows], ["--environment-kwargs", "{right: 1}"]):
+        assert main([*words[:-2], *idle]) == 1
+        assert f"{idle[0]} has no effect without --environment" in capsys.readouterr().err
