@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from retool.rl.reward.calling import ARGUMENTS, SEEN, Asked, RewardFunction, seen_by
+from retool.rl.reward.foreign import own_copy
 from retool.rl.reward.protocol import BUDGET_SPENT, JUDGES_LOST, Judged, Judges
 from retool.rl.reward.score import check_score
 from retool.rl.types import COUNTED, FAILURE, REWARD_OF
@@ -57,9 +58,9 @@ async def _called(
     function: RewardFunction,
     given: Mapping[str, Any],
 ) -> Any:
-    """What a part returns to those of `given` that it asks for."""
+    """What a part returns to those of `given` that it asks for, which it may change."""
     names = (*ARGUMENTS, *seen_by(function))
-    result = function(**{name: given[name] for name in names})
+    result = function(**own_copy({name: given[name] for name in names}))
     if isinstance(result, Awaitable):
         return await result
     return result

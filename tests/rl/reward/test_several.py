@@ -16,6 +16,7 @@ from retool.rl.reward.builtin import math_score
 from retool.rl.reward.calling import Asked
 from retool.rl.reward.judges import by_place, open_judges
 from retool.rl.reward.protocol import JUDGES_LOST, Judged
+from retool.rl.reward.score import score_answer
 from retool.rl.reward.several import SeveralJudges, unfolded
 from retool.rl.reward.source import RewardSource, find_several, own_reward, several
 from retool.rl.types import Scored
@@ -110,6 +111,18 @@ class Saying:
 
     def close(self) -> None:
         self.closed = True
+
+
+def test_what_one_changes_of_what_it_is_given_the_others_do_not_see() -> None:
+    def takes(extra_info: dict[str, Any]) -> float:
+        return extra_info.pop("points")
+
+    def takes_too(extra_info: dict[str, Any]) -> float:
+        return extra_info.pop("points", 0.0)
+
+    weighed = several([own_reward(takes), own_reward(takes_too)]).load()
+    asked = Asked("x", "", "", {"points": 2.0})
+    assert score_answer(weighed, asked)[0] == 4.0 and asked.extra == {"points": 2.0}
 
 
 def test_where_one_fails_the_answer_has_no_score() -> None:
