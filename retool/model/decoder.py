@@ -183,7 +183,8 @@ class Decoder(nn.Module):
 def plan_attention(
     sharded: Sharded, lengths: Sequence[int], longest_whole: int | None = None
 ) -> int:
-    """Make cuDNN's plans for documents of these lengths, so that no step waits for them on any rank.
+    """Make cuDNN's plans for one document of each of these lengths, so that no step waits for them on any
+    rank.
 
     `longest_whole`: tokens of the longest document that one rank of several computes; None: any. A
     longer one with all heads could need more memory than the run. Returns for how many lengths; 0

@@ -7,11 +7,13 @@ documents
 [Note: cuDNN plans] cuDNN compiles a plan per shape (tens of milliseconds, twice: forward and
 backward), and documents have any length. Lengths are rounded up to one of 16 per octave, so a run
 meets few shapes, and `retool.model.decoder.plan_attention` makes the plans of those that are known
-before the first step. What stands behind a document's last token is read along, the next document as a
-rule, and nothing is copied. Causality hides those keys from the document's queries; what the
-queries behind it give is dropped. In the backward their log-sum-exp is set so high that their
-probabilities are exactly zero, and with them their share of every gradient. torch keys its plans on
-the strides of q, k and v alone, so out and dout always have the one layout [documents, L, N, H].
+before the first step, for one document each. Documents of one length that follow each other are a
+shape of their own, planned when it comes. What stands behind a document's last token is read along,
+the next document as a rule, and nothing is copied. Causality hides those keys from the document's
+queries; what the queries behind it give is dropped. In the backward their log-sum-exp is set so
+high that their probabilities are exactly zero, and with them their share of every gradient. torch
+keys its plans on the strides of q, k and v alone, so out and dout always have the one layout
+[documents, L, N, H].
 """
 
 from __future__ import annotations
