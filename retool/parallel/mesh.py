@@ -12,10 +12,12 @@ import os
 import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
+from math import gcd
 
 import torch
 import torch.distributed as dist
 
+from retool.parallel.collectives import gather_objects
 from retool.parallel.meeting import meeting_place
 from retool.parallel.network import choose_interface
 
@@ -30,7 +32,7 @@ class Mesh:
     shards: int  # consecutive ranks that share the parameters
     device: torch.device
     ep: int = 1  # consecutive ranks that divide a layer's experts
-    per_machine: int = 1  # ranks of a machine
+    per_machine: int = 1  # ranks of a machine; where these differ, what divides them all
     sp_group: dist.ProcessGroup | None = field(default=None, repr=False)
     shard_group: dist.ProcessGroup | None = field(default=None, repr=False)
     replica_group: dist.ProcessGroup | None = field(default=None, repr=False)
@@ -171,7 +173,7 @@ def make_mesh(
         shards,
         where,
         ep,
-        int(os.environ.get("LOCAL_WORLD_SIZE", world)),
+        _ranks_of_machines(world),
         # In this order on every rank: new_group is collective, and groups are told apart by their
         # order alone.
         sp_group=_make_groups([range(i, i + sp) for i in range(0, world, sp)], rank),
@@ -181,6 +183,12 @@ def make_mesh(
         ep_group=_make_groups([range(i, i + ep) for i in range(0, world, ep)], rank),
         part_group=_make_groups(_same_experts(world, shards, ep), rank) if ep > 1 else None,
     )
+
+
+def _ranks_of_machines(world: int) -> int:
+    """See `Mesh.per_machine`. Ranks must agree: it decides which collectives they make."""
+    mine = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return gcd(*gather_objects(mine, dist.group.WORLD))
 
 
 def _same_experts(world: int, shards: int, ep: int) -> list[range]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,21 @@ def members(sp: int, fsdp_size: int) -> list[list[int]]:
         4,
     ) and mesh.dp_rank * mesh.sp + mesh.sp_rank == mesh.rank
     return out
+
+
+def nearby(ranks_of_machines: list[list[int]]) -> list[bool]:
+    """Whether two ranks that share the parameters are on one machine, for these machines' sizes by rank."""
+    found = []
+    for sizes in ranks_of_machines:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LOCAL_WORLD_SIZE", str(sizes[int(os.environ["RANK"])]))
+            found.append(make_mesh(fsdp_size=2).shards_nearby)
+    return found
+
+
+def test_ranks_of_unlike_machines_agree_on_how_gradients_travel() -> None:
+    machines = [[1, 2, 2, 1], [2, 2, 2, 2], [3, 3, 3, 1]]
+    assert run_ranks(nearby, 4, machines) == [[False, True, False]] * 4
 
 
 @pytest.mark.parametrize(("sp", "fsdp_size"), [(2, 2), (1, 2), (4, 1), (2, -1), (1, 4)])
