@@ -227,13 +227,13 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        # With gradients and without, and whether somebody reads the block's result
-        self.calls: dict[tuple[bool, bool], Call] = {}
+        # By `_kind_of`
+        self.calls: dict[tuple[Any, ...], Call] = {}
 
     def __call__(self, block: nn.Module, *arguments: Any) -> Tensor:
         if torch.compiler.is_compiling() or _watched():
             return self._through(block, arguments)
-        call = self.calls.get(_kind_of(block))
+        call = self.calls.get(_kind_of(block, arguments))
         if call is not None and call.fits(block, arguments):
             return call.run(arguments)
         return self._first(block, arguments)
@@ -260,12 +260,16 @@ class Compiled:
             graph.lengths.add(len(arguments[0]))
             call = _understood(graph, given, block, arguments, out)
             if call is not None:
-                self.calls[_kind_of(block)] = call
+                self.calls[_kind_of(block, arguments)] = call
         return out
 
 
-def _kind_of(block: nn.Module) -> tuple[bool, bool]:
-    return torch.is_grad_enabled(), getattr(block, "result_wanted", True)
+def _kind_of(block: nn.Module, arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """With gradients or without, whether somebody reads the block's result, and what isn't a tensor:
+    packs of these kinds come in turn.
+    """
+    others = [each for each in arguments if not isinstance(each, Tensor)]
+    return torch.is_grad_enabled(), getattr(block, "result_wanted", True), *others
 
 
 def _watched() -> bool:

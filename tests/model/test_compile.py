@@ -161,6 +161,18 @@ def test_what_is_not_known_to_be_the_same_goes_through_torch_compile(interpreted
     assert counted.once(block, x, y) == 0
 
 
+def test_kinds_that_come_in_turn_are_each_known(interpreted: None) -> None:
+    block = Halves()
+    counted = warmed(block)
+    x = rows(8, 3)
+    y = rows(8, 4)
+    with torch.no_grad():
+        first = [counted.of(block, x, y, negative) for negative in (False, True)]
+        again = [counted.once(block, x, y, negative) for negative in (False, True, False)]
+        assert (first, again) == ([1, 1], [0, 0, 0])
+        torch.testing.assert_close(counted.piece(block, x, y, True), block.mixed(x, y, True))
+
+
 def test_one_tensor_given_twice_is_not_taken_for_two(interpreted: None) -> None:
     """The compiler makes one input of it, so its graph is of no use for two."""
     block = Halves()
