@@ -182,7 +182,7 @@ class DecodeLoop:
         """
         tables = self.tables[:rows]
         find = located
-        if self.model.kernels == "triton":
+        if tables.is_cuda and self.model.kernels == "triton":
             from retool.engine.kernels.place_triton import located_rows
 
             # One kernel instead of ten
