@@ -72,7 +72,8 @@ def test_what_stands_around_the_outputs_is_trained(masking) -> None:
     # However the row lays it out
     other = row("<code>x</code>\n\n  <interpreter>1</interpreter>So <interpreter>2</interpreter>")
     assert trained(masking, other) == ["<code>x</code>", "So ", end]
-    for text in ("<code>x</code><interpreter>1", "<code>x</code>1</interpreter>"):
+    named = "<code>print('<interpreter>')</code><interpreter>1</interpreter>"
+    for text in ("<code>x</code><interpreter>1", "<code>x</code>1</interpreter>", named):
         with pytest.raises(RowError, match=r"lacks its counterpart.*inline_outputs=train"):
             trained(masking, row(text))
 

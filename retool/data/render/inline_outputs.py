@@ -50,7 +50,8 @@ def outputs_apart(conversation: Conversation, pieces: Sequence[Piece], choice: s
 
 
 def _require_pairs(conversation: Conversation, piece: Piece) -> None:
-    rest = OUTPUT.sub("", piece.text)
+    # Of two that open before one closes, the first may be a word of the program
+    rest = OUTPUT.sub(lambda output: OPENS * (output[0].count(OPENS) - 1), piece.text)
     tag = next((tag for tag in (OPENS, CLOSES) if tag in rest), None)
     if tag is not None:
         why = f"a {tag} lacks its counterpart, so it can't be told what the program printed"
