@@ -4,7 +4,9 @@ the trainer's log-probabilities, and what preflight says of models that it can't
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from transformers import PreTrainedModel
 
 from retool.config import parse
 from retool.engine import Engine, EngineOptions, SamplingParams, TurnDone, find_backend
+from retool.engine.hf import batching
+from retool.engine.hf.batching import flash_is_right
 from retool.engine.hf.engine import HfEngine
 from retool.engine.hf.trial import cant_batch
 from retool.model.borrowed.read import borrow, read_any_config
@@ -22,6 +26,7 @@ from retool.parallel.fsdp import Sharded
 from retool.rl.config import RLConfig
 from retool.rl.preflight.backends import backend_faults
 from tests.engine.models import CPU, forced, load
+from tests.model.decoders import decoder_config
 from tests.model.tiny import make
 from tests.model.zoo import ARCHITECTURES, make_borrowed, tiny_config
 from tests.ranks import run_ranks
@@ -222,6 +227,22 @@ def test_which_engine_samples_which_model(folder: Path, tmp_path: Path) -> None:
     assert "can't sample from model_type opt (" in fault
     with pytest.raises(ValueError, match="as transformers' module, which this one"):
         HfEngine(ours, CPU, EngineOptions()).sync(load(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("paged", "windowed", "right"),
+    [(0.01, 0.01, True), (math.nan, 0.01, False), (0.01, math.nan, False), (0.01, 0.5, False)],
+)
+def test_flash_attn_samples_only_where_all_of_it_is_right(
+    paged: float, windowed: float, right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "find_spec", lambda _: True)
+    monkeypatch.setattr(batching, "paged_error", lambda *_: paged)
+    monkeypatch.setattr(batching, "kernel_error", lambda *_, **__: windowed)
+    config = decoder_config(4, 2, vocab=31, hidden=16, ffn=24, layers=2, windows=(8, 0))
+    with nullcontext() if right else pytest.warns(UserWarning, match="flash-attn computes wrongly"):
+        found = flash_is_right(config, torch.device("cuda"), torch.bfloat16, 256)
+    assert found == right
 
 
 def test_what_hf_cant_do_is_refused(folder: Path) -> None:

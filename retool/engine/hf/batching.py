@@ -112,8 +112,9 @@ def flash_is_right(
     if find_spec("flash_attn") is None:
         return True
     error = paged_error("flash", device, dtype, config.head_dim, page_size)
-    if config.windowed:
-        error = max(error, kernel_error("flash", device, dtype, config.head_dim, windowed=True))
+    # Not the larger of both: one that isn't a number is no larger
+    if error <= TRUSTED and config.windowed:
+        error = kernel_error("flash", device, dtype, config.head_dim, windowed=True)
     if error <= TRUSTED:
         return True
     warnings.warn(
