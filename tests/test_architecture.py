@@ -244,6 +244,7 @@ def names_of(path: Path) -> set[str]:
 
 
 def test_files_of_a_list_are_alike() -> None:
+    assert all((PACKAGE / folder / "__init__.py").is_file() for folder in ALIKE)
     different = {
         str(path.relative_to(PACKAGE)): missing
         for folder, names in ALIKE.items()
