@@ -131,7 +131,9 @@ def _noted(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         (outputs,) = part.graph.output_node().args
         made = [getattr(out, "name", "") for out in cast(Sequence[Any], outputs)]
         code: Any = compile_fx_inner(part, examples, **more)
-        kernel = code.current_callable
+        kernel = getattr(code, "current_callable", None)
+        if kernel is None:  # of a graph that computes nothing Inductor makes a plain function
+            return code
         if more.get("is_backward"):
             found.backward = kernel
             found.taken = taken

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import count_calls
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._inductor import compile_fx
 from torch._inductor.output_code import OutputCode
 
@@ -42,6 +44,11 @@ class Interpreted(OutputCode):
         pass
 
 
+def as_inductor(graph: torch.fx.GraphModule, *_: Any, **__: Any) -> Any:
+    """Of a graph that computes nothing Inductor makes a plain function, too."""
+    return Interpreted(graph) if count_calls(graph.graph) else make_boxed_func(graph.forward)
+
+
 class Halves(nn.Module):
     """A block of two parameters, one of which only the first of two results needs."""
 
@@ -57,11 +64,14 @@ class Halves(nn.Module):
         out = torch.tanh(x_t4 @ self.weight + self.shift) * y_t4 / (self.eps + y_t4.square())
         return -out if negative else out
 
+    def added(self, x_t4: Tensor, y_t4: Tensor) -> Tensor:
+        return x_t4 + y_t4
+
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compile_fx, "compile_fx_inner", lambda graph, *_, **__: Interpreted(graph))
+        patch.setattr(compile_fx, "compile_fx_inner", as_inductor)
         yield
     torch._dynamo.reset()
 
@@ -171,6 +181,15 @@ def test_kinds_that_come_in_turn_are_each_known(interpreted: None) -> None:
         again = [counted.once(block, x, y, negative) for negative in (False, True, False)]
         assert (first, again) == ([1, 1], [0, 0, 0])
         torch.testing.assert_close(counted.piece(block, x, y, True), block.mixed(x, y, True))
+
+
+def test_a_backward_that_computes_nothing(interpreted: None) -> None:
+    block = Halves()
+    piece = compiled(Halves.added)
+    for _ in range(3):
+        x = rows(8, 1, requires_grad=True)
+        piece(block, x, rows(8, 2)).sum().backward()
+        assert x.grad is not None and torch.equal(x.grad, torch.ones(8, 4))
 
 
 def test_one_tensor_given_twice_is_not_taken_for_two(interpreted: None) -> None:
