@@ -475,6 +475,31 @@ def test_who_shares_a_thread_with_one_that_blocked_goes_on(monkeypatch) -> None:
     assert not shared._threads
 
 
+def test_what_is_cancelled_while_it_blocks_cleans_up_though_the_run_ends() -> None:
+    shared = threads.LoopThreads()
+    go_on = threading.Event()
+    cleaned = threading.Event()
+
+    async def blocking():
+        go_on.wait(10)
+        try:
+            await asyncio.sleep(100)
+        finally:
+            await asyncio.sleep(0)
+            cleaned.set()
+
+    async def cancelled():
+        work = asyncio.create_task(shared.run(blocking, 10))
+        await asyncio.sleep(0.05)
+        work.cancel()
+        await asyncio.wait({work})
+
+    asyncio.run(cancelled())
+    shared.end()
+    go_on.set()
+    assert cleaned.wait(2)
+
+
 def test_a_thread_that_somebody_blocks_who_was_cancelled_is_not_idle(monkeypatch) -> None:
     """A run was asked to stop, say, or an engine failed: those that are sampled next go on."""
     monkeypatch.setattr(threads, "MOST_THREADS", 1)

@@ -58,6 +58,13 @@ class LoopThread:
             # A task that somebody's code started may exit: that ends the event loop's run
             with contextlib.suppress(BaseException):
                 self._loop.run_forever()
+        # What still runs cleans up, and what hasn't begun never does
+        others = asyncio.all_tasks(self._loop)
+        for task in others:
+            task.cancel()
+        if others:
+            with contextlib.suppress(BaseException):
+                self._loop.run_until_complete(asyncio.wait(others, timeout=SECONDS_TO_ANSWER))
         self._loop.close()
 
 
