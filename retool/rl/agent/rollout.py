@@ -78,6 +78,16 @@ class RolloutParts:
     stopped: Callable[[], bool] = lambda: False  # asked between engine steps
     texts: WorkThread | None = field(default_factory=WorkThread)  # see `Agent`
 
+    def __post_init__(self) -> None:
+        """ValueError for a judge of the user's own that can't be asked for a score."""
+        missing = [name for name in ("score", "seen") if not hasattr(self.judge, name)]
+        if missing:
+            raise ValueError(
+                f"the judge {type(self.judge).__name__} has no {' and no '.join(missing)}: give it an async "
+                "method score(asked) that returns Judged(number), and a tuple `seen` of what it reads besides "
+                "(() for nothing). examples/rl_from_scratch.py has one."
+            )
+
     def let_go(self) -> None:
         """The run is over: so are threads, and what environments share."""
         if self.worlds is not None:

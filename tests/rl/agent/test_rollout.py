@@ -129,6 +129,15 @@ def parts_of(renderer, script, tool=None, **changes):
     ), engine
 
 
+def test_a_judge_that_has_no_score_is_told_before_anything_is_sampled(renderer_of) -> None:
+    class Older:
+        async def judge(self, trajectory):
+            return 1.0
+
+    with pytest.raises(ValueError, match=r"Older has no score and no seen: give it an async"):
+        parts_of(renderer_of("hermes"), {}, judge=Older())
+
+
 class Talkative(Tool):
     """Says this much."""
 
