@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from retool.parallel.collectives import send_parts
 from retool.parallel.fsdp import shard
-from retool.parallel.fsdp.overlap import Overlap, add_parts
+from retool.parallel.fsdp.overlap import Overlap, Pending, add_parts
 from retool.parallel.mesh import make_mesh
 from tests.interpreter import interpreted
 from tests.ranks import run_ranks
@@ -86,6 +87,44 @@ def ways() -> list[str]:
                 with model.no_sync() if held else nullcontext():
                     model(x).sum().backward()
     return found
+
+
+class Branches(nn.Module):
+    """The loss may leave one of two out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, both: bool) -> torch.Tensor:
+        first = self.first(x)
+        second = self.second(x)
+        return (first + second if both else second).sum()
+
+
+def held_by_one() -> list[str]:
+    """How gradients leave that only the first rank has held."""
+    ways = list[str]()
+
+    def noted(way: str) -> Callable[..., Pending]:
+        return lambda *_: ways.append(way) or Pending()
+
+    net = Branches()
+    model = shard(net, [("first", [net.first]), ("second", [net.second])], make_mesh())
+    x = torch.ones(2, 8, dtype=torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Overlap, "reduce", noted("fp32"))
+        patch.setattr(Overlap, "reduce_parts", noted("bf16"))
+        with model.no_sync():
+            model(x, both=model.mesh.rank == 0).backward()
+        model(x, both=True).backward()
+        model.zero_grad()
+        model(x, both=True).backward()
+    return ways
+
+
+def test_ranks_agree_on_how_gradients_leave_that_some_have_held() -> None:
+    assert run_ranks(held_by_one, 2) == [["fp32", "fp32", "bf16", "bf16"]] * 2
 
 
 def test_gradients_leave_in_bf16_inside_a_machine_unless_they_were_held() -> None:

@@ -146,9 +146,9 @@ def order_of_events() -> list[str]:
     numbers = {id(unit.gradients): unit.index for unit in model.units}
     reduce = Gradients.reduce
 
-    def noted(self: Gradients, hold: bool = False) -> None:
+    def noted(self: Gradients, hold: bool = False, wide: bool = False) -> None:
         events.append(f"reduce {numbers[id(self)]}")
-        reduce(self, hold)
+        reduce(self, hold, wide)
 
     add_up = Overlap.add_up
 

@@ -77,11 +77,11 @@ class Gradients:
         self.wait()
         self.complete = False
 
-    def reduce(self, hold: bool = False) -> None:
+    def reduce(self, hold: bool = False, wide: bool = False) -> None:
         """Start to sum the gradients over the ranks that share the parameters.
 
-        With `hold` they are only added up here, until a call without it. One process adds them to
-        its shard.
+        With `hold` they are only added up here, until a call without it. `wide`: they leave in the
+        dtype of the reduction. One process adds them to its shard.
         """
         grads = self._take()
         if self.buffer is None or self.group is None:
@@ -91,7 +91,7 @@ class Gradients:
             # A unit that is used again: what was held may still be on its way to the same shard, and
             # `sending` knows of one reduction
             self.held.settle()
-        if self.narrow is not None and not hold and not self.holds:
+        if self.narrow is not None and not hold and not wide and not self.holds:
             self._send_narrow(grads, self.buffer, self.narrow, self.group)
             return
         buffer = self._collect(grads, self.buffer, hold)

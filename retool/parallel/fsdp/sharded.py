@@ -104,6 +104,7 @@ class Sharded:
         self.version = 0  # of the weights: a backward must find those of its forward
         self._announced_backward = -1  # the last one that will call `_after_backward`
         self._holding = False  # inside `no_sync`
+        self._held = False  # some backward of this step was
         self._last = False  # inside `last_backward`
         # Gradients take turns even where every unit's weights stay gathered
         weights = make_buffers(layout.units, own_buffers, dtypes.param, mesh.device)
@@ -178,6 +179,7 @@ class Sharded:
         """
         before = self._holding
         self._holding = True
+        self._held = True
         try:
             yield
         finally:
@@ -203,6 +205,7 @@ class Sharded:
             unit.give_up()
             unit.gradients.forget()
         self.grad.zero_()
+        self._held = False
 
     def finish_gradients(self) -> None:
         """After an optimizer step's last backward: `grad` is the global sum from here on.
@@ -330,7 +333,8 @@ class Sharded:
             )
         if unit.gradients.arrived():
             _check_incomplete([unit], self.mesh)
-        unit.gradients.reduce(self._holding)
+        # Held on some ranks only, perhaps: all must reduce it in one way
+        unit.gradients.reduce(self._holding, wide=self._held)
 
 
 def _check_incomplete(units: Sequence[Unit], mesh: Mesh) -> None:
