@@ -20,6 +20,7 @@ from . import settings, variables, work_folder
 from .variables import megabytes
 
 SNAPSHOT = ".session"
+WHOLE = b"whole"  # what a snapshot ends with
 RESTORING = b"restoring"  # what the snapshot says of a program that died before it began
 MAX_SNAPSHOT_BYTES = 12 << 20  # variables and files together
 MAX_NAMED = 8  # of the variables that can't be kept
@@ -104,12 +105,12 @@ def keep(session: Session) -> None:
 
 
 def _write_whole(path: str, left: Mapping[str, Any]) -> None:
-    """All of it or nothing: there may be no room for it, or no time. Half of it would be taken for
-    what this program left, in the place of what was there before it.
+    """With a mark behind it: there may be no room for all of it, or no time, and half of it would be
+    taken for what this program left. Writing it aside needs a rename, which not every mode allows.
     """
-    with open(f"{path}.half", "wb") as file:
+    with open(path, "wb") as file:
         pickle.dump(left, file)
-    os.replace(f"{path}.half", path)
+        file.write(WHOLE)
 
 
 def why_missing(error: BaseException, lost: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from .kept import RESTORING, SNAPSHOT
+from .kept import RESTORING, SNAPSHOT, WHOLE
 
 Status = Literal[
     "success", "error", "timeout", "memory_limit", "output_limit", "process_limit", "sandbox_error"
@@ -97,8 +97,9 @@ class Result:
 
     @property
     def session(self) -> bytes:
-        """What the next program of its session is given; b"" where it left nothing, or died."""
-        return b"" if self.died_restoring else self.files.get(SNAPSHOT, b"")
+        """What the next program of its session is given; b"" where it left nothing whole, or died."""
+        left = self.files.get(SNAPSHOT, b"")
+        return left if left.endswith(WHOLE) else b""
 
     @property
     def died_restoring(self) -> bool:

@@ -80,7 +80,8 @@ class RolloutParts:
 
     def __post_init__(self) -> None:
         """ValueError for a judge of the user's own that can't be asked for a score."""
-        missing = [name for name in ("score", "seen") if not hasattr(self.judge, name)]
+        judge = self.judge
+        missing = [name for name in ("score", "seen") if judge and not hasattr(judge, name)]
         if missing:
             raise ValueError(
                 f"the judge {type(self.judge).__name__} has no {' and no '.join(missing)}: give it an async "

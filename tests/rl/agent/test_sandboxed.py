@@ -20,7 +20,7 @@ from retool.rl.agent.environments.sandboxed import MARK, SandboxedWorld
 from retool.rl.agent.environments.world import World
 from retool.rl.agent.tools.interpreter import InterpreterConfig
 from retool.sandbox import Limits, Result
-from retool.sandbox.kept import SNAPSHOT
+from retool.sandbox.kept import SNAPSHOT, WHOLE
 
 GAME = '''
 import os
@@ -104,7 +104,7 @@ class Printed:
         del program, session
         await asyncio.sleep(self._queue_seconds)
         kept = self._text[: Limits().output_kb << 10]
-        return Result("success", kept, stdout_bytes=len(self._text), files={SNAPSHOT: b"left"})
+        return Result("success", kept, stdout_bytes=len(self._text), files={SNAPSHOT: WHOLE})
 
 
 @pytest.mark.parametrize(
