@@ -42,6 +42,22 @@ TORCHRUN = [
 ]
 
 
+def run_on_gpus(given: list[str]) -> str:
+    """What `retool.rl` printed, of a process on each GPU that is here, up to two."""
+    gpus = min(2, torch.cuda.device_count())
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, f"--nproc_per_node={gpus}", "-m", "retool.rl"]
+    done = subprocess.run(
+        [*command, *given],
+        capture_output=True,
+        text=True,
+        timeout=170,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout
+
+
 def words(work: Path, out: Path, *more: str) -> list[str]:
     """A small run without tools that rewards digits."""
     return [

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +26,7 @@ from retool.model.catalogue.families import read_model_config
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import make_mesh
 from tests.engine.models import forced, prompts
-from tests.rl.test_command import ARR, steps, words
+from tests.rl.test_command import ARR, run_on_gpus, steps, words
 
 pytestmark = [
     pytest.mark.gpu,
@@ -235,18 +232,8 @@ def test_a_run_with_a_tool(work: Path, tmp_path: Path, ranks: int) -> None:
         f"{ARR}rollout.multi_turn.format={file}/always",
         f"{ARR}actor.optim.lr=1e-4",
     ]
-    gpus = min(2, torch.cuda.device_count())
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, f"--nproc_per_node={gpus}", "-m", "retool.rl"]
-    done = subprocess.run(
-        [*command, *words(folder, tmp_path / "run", *more)],
-        capture_output=True,
-        text=True,
-        timeout=170,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    assert "vLLM" in done.stdout and "samples in the training processes" in done.stdout
+    printed = run_on_gpus(words(folder, tmp_path / "run", *more))
+    assert "vLLM" in printed and "samples in the training processes" in printed
     found = steps(tmp_path / "run")
     assert len(found) == 2
     for entry in found:

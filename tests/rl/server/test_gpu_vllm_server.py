@@ -32,7 +32,7 @@ from retool.rl.server.engine import ServerEngine
 from retool.rl.server.fleet import ServerOptions
 from tests.engine.models import forced, prompts
 from tests.ranks import free_port
-from tests.rl.test_command import ARR, steps, words
+from tests.rl.test_command import ARR, run_on_gpus, steps, words
 from tests.rl.test_gpu_vllm import LEAST_EQUAL, MOST_GAP, equal_share, write_model
 
 pytestmark = [
@@ -171,18 +171,8 @@ def test_a_run_of_two_steps(url: str, folder: Path, tmp_path: Path) -> None:
         f"{ARR}rollout.temperature={TEMPERATURE}",
         f"{ARR}actor.optim.lr=1e-4",
     ]
-    gpus = min(2, torch.cuda.device_count())
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, f"--nproc_per_node={gpus}", "-m", "retool.rl"]
-    done = subprocess.run(
-        [*command, *words(folder, tmp_path / "run", *more)],
-        capture_output=True,
-        text=True,
-        timeout=170,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    assert f"rollout.name=server: {url} sample" in done.stdout
+    printed = run_on_gpus(words(folder, tmp_path / "run", *more))
+    assert f"rollout.name=server: {url} sample" in printed
     found = steps(tmp_path / "run")
     assert len(found) == 2
     for entry in found:
