@@ -24,7 +24,7 @@ from retool.config import Fault
 from retool.files.own_folder import existing_part
 from retool.parallel.meeting import OWN_STORES, mixes_rounds, shares_store
 from retool.perf import GIB
-from retool.preflight.verdict import met_before
+from retool.preflight.ranks.verdict import met_before
 
 DEFAULT_PORT = 29500  # torchrun's, without --standalone
 BF16_FROM = (8, 0)  # CUDA compute capability

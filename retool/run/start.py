@@ -24,8 +24,8 @@ from retool.files.lock import sole_user
 from retool.parallel.lost_peer import LINGER_S, follow, lost_peer
 from retool.parallel.meeting import shares_store
 from retool.preflight.plan import RunReport
+from retool.preflight.ranks.verdict import Show, verdict
 from retool.preflight.show import show_faults
-from retool.preflight.verdict import Show, verdict
 
 R = TypeVar("R", bound=RunReport)
 

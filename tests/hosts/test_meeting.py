@@ -12,7 +12,7 @@ from retool.config import Fault
 from retool.parallel.lost_peer import lost_address
 from retool.parallel.mesh import make_mesh
 from retool.parallel.network import Place, own_place, unreachable
-from retool.preflight.verdict import verdict
+from retool.preflight.ranks.verdict import verdict
 from tests.hosts.network import Host
 from tests.hosts.ranks import run_on
 

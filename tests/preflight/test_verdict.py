@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from retool.config import Fault
-from retool.preflight.verdict import merge, verdict
+from retool.preflight.ranks.verdict import merge, verdict
 from tests.ranks import free_port, run_ranks
 from tests.sft.conftest import work
 from tests.sft.test_command import words

@@ -21,7 +21,7 @@ from torch.distributed import DistError
 
 from retool.config import Fault
 from retool.parallel.meeting import meeting_place
-from retool.preflight.shared_folder import same_folder
+from retool.preflight.ranks.shared_folder import same_folder
 
 TIMEOUT = 1800.0  # seconds: another machine may still be reading its data
 LINGER = (

@@ -1,0 +1,1 @@
+"""What the ranks of all machines find out together, before there is a process group."""
