@@ -61,30 +61,47 @@ def compute_score(
 
 # --- what both sides read ---
 
+TOKENIZER_FILES = (
+    "chat_template.jinja",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
 
-def write_model(folder: Path, shape: str) -> None:
-    """A Qwen2 with random weights, a large vocabulary, and a small tokenizer of its own."""
+
+def write_model(folder: Path, shape: str, tokenizer_of: Path | None = None) -> None:
+    """A Qwen2 with random weights, a large vocabulary, and the tokenizer of a Qwen2.5's folder or a
+    small one of its own.
+    """
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     from examples.quickstart import data
     from examples.quickstart import model as tiny
     from retool.data.template.choose import TEMPLATES
 
-    texts = [
-        message["content"]
-        for problem in data.make_problems(300, 0)
-        for message in data.to_row(problem, "")["messages"]
-    ]
-    tokenizer = tiny.train_tokenizer(texts)
-    tiny.write_tokenizer(folder, tokenizer, TEMPLATES["hermes"].read_text())
+    ids: dict[str, Any] = {}
+    if tokenizer_of:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in tokenizer_of.iterdir():
+            if file.name in TOKENIZER_FILES:
+                shutil.copyfile(file, folder / file.name)
+        known: Any = AutoTokenizer.from_pretrained(folder)
+        ids = {"eos_token_id": known.eos_token_id, "pad_token_id": known.pad_token_id}
+    else:
+        texts = [
+            message["content"]
+            for problem in data.make_problems(300, 0)
+            for message in data.to_row(problem, "")["messages"]
+        ]
+        tokenizer = tiny.train_tokenizer(texts)
+        tiny.write_tokenizer(folder, tokenizer, TEMPLATES["hermes"].read_text())
+        ends = {"eos_token_id": tiny.TURN_END, "pad_token_id": tiny.END_OF_TEXT}
+        ids = {name: tokenizer.token_to_id(text) for name, text in ends.items()}
     hidden, ffn, layers, heads = {"tiny": (64, 128, 2, 4), "qwen2.5-0.5b": (896, 4864, 24, 14)}[
         shape
     ]
-    ids: dict[str, Any] = {
-        name: tokenizer.token_to_id(text)
-        for name, text in (("eos_token_id", tiny.TURN_END), ("pad_token_id", tiny.END_OF_TEXT))
-    }
     config = Qwen2Config(
         vocab_size=151_936,
         hidden_size=hidden,

@@ -244,6 +244,7 @@ def test_no_benchmark_is_left_out() -> None:
         "parity",
         "learn",
         "peers",
+        "published",
         "rendering",
         "same_numbers",
     }  # no benchmark, or with a test of its own
