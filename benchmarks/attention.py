@@ -25,6 +25,7 @@ from table import arguments, attempt, failed, hardware, head, measure, row, save
 from retool.model.attention import cudnn as attention_cudnn
 from retool.model.attention.dispatch import attention, attention_forward_lse, choose_backend
 from retool.model.attention.flash import available
+from retool.model.attention.pack import new_pack
 
 BASELINE = "varlen"
 
@@ -40,7 +41,7 @@ def packs(scale: int) -> dict[str, tuple[int, ...]]:
 
 
 def lines_for(
-    heads: int, kv_heads: int, head_dim: int, pack: str, seqlens: tuple[int, ...], args: Namespace
+    heads: int, kv_heads: int, head_dim: int, name: str, seqlens: tuple[int, ...], args: Namespace
 ) -> Iterator[dict[str, Any]]:
     """One line per backend that can run here; `cudnn` with its threshold and with every document
     long enough.
@@ -57,23 +58,18 @@ def lines_for(
     d_out = torch.randn(
         sum(seqlens), heads, head_dim, device=device, dtype=dtype, generator=generator
     )
-    cu_seqlens = torch.tensor([0, *seqlens], device=device).cumsum(0).to(torch.int32)
-    longest = max(seqlens)
-    exact, _ = attention_forward_lse(
-        q.float(), k.float(), v.float(), cu_seqlens, longest, "reference", seqlens
-    )
+    pack = new_pack(seqlens, device)
+    exact, _ = attention_forward_lse(q.float(), k.float(), v.float(), pack, "reference")
     pairs = sum(n * n for n in seqlens) * heads * head_dim
 
-    def timed(name: str) -> dict[str, Any]:
-        backend = choose_backend(device, dtype, head_dim, name)
+    def timed(wanted: str) -> dict[str, Any]:
+        backend = choose_backend(device, dtype, head_dim, wanted)
 
         def forward() -> torch.Tensor:
-            return attention_forward_lse(q, k, v, cu_seqlens, longest, backend, seqlens)[0]
+            return attention_forward_lse(q, k, v, pack, backend)[0]
 
         def both() -> None:
-            torch.autograd.grad(
-                attention(q, k, v, cu_seqlens, longest, backend, seqlens), [q, k, v], d_out
-            )
+            torch.autograd.grad(attention(q, k, v, pack, backend), [q, k, v], d_out)
 
         error = ((forward().float() - exact).norm() / exact.norm()).item()
         found = {
@@ -86,15 +82,15 @@ def lines_for(
         }
         return {"error": error, **found, "tflops": tflops}
 
-    for name, shortest in backends(device):
+    for wanted, shortest in backends(device):
         attention_cudnn.CUDNN_SHORTEST = shortest
         attention_cudnn._runs.cache_clear()
-        title = f"{name}, documents ≥ {shortest}" if name == "cudnn" else name
+        title = f"{wanted}, documents ≥ {shortest}" if wanted == "cudnn" else wanted
         yield {
             "heads": f"{heads}/{kv_heads}x{head_dim}",
-            "pack": pack,
+            "pack": name,
             "backend": title,
-            **attempt(partial(timed, name)),
+            **attempt(partial(timed, wanted)),
         }
 
 

@@ -30,8 +30,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from retool.batch import PackedBatch
-from retool.model.attention.dispatch import attention, attention_forward_lse, attention_from_saved
+from retool.model.attention.dispatch import attention, attention_forward_lse
 from retool.model.attention.joined import joined_attention
+from retool.model.attention.pack import Attended, pack_of
 from retool.model.compile import compiled, unviewed
 from retool.model.config import ModelConfig
 from retool.model.experts.routing import Watch
@@ -39,7 +40,7 @@ from retool.model.fused.gated import gated_down
 from retool.model.fused.heads import turned
 from retool.model.hf.names import Stored
 from retool.model.offload import Offload
-from retool.model.recompute import Kernel, Recompute, recomputed
+from retool.model.recompute import Recompute, recomputed
 from retool.parallel.collectives import all_to_all
 from retool.parallel.mesh import Mesh
 from retool.parallel.ulysses import HeadPlan, join_heads, q_k_v, split_heads
@@ -92,6 +93,7 @@ class Block(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.index = index
+        self.window = config.window(index)  # tokens that a query sees; 0: all
         self.execution = execution
         # Not while a backward runs `after` again: its numbers are read by nobody then, and what an
         # MLP adds at its end may stay uncomputed
@@ -191,44 +193,32 @@ class Block(nn.Module, ABC):
         return q, k, v
 
     def attend(
-        self, sent: torch.Tensor, t: int, batch: PackedBatch, saved: Kernel | None = None
+        self, sent: torch.Tensor, t: int, batch: PackedBatch, saved: Attended | None = None
     ) -> torch.Tensor:
         """Sequence → heads, attention over the whole pack, heads → sequence [t, E].
 
         `saved` is what `attend_and_save` gave for the same q, k and v: the kernel doesn't run.
         """
         received, plan = self._gathered(sent, t, batch)
-        pack = self._pack(batch)
+        pack = pack_of(batch, self.window, self.config.score_cap)
+        backend = self.execution.backend
+        # A copy of a kv head for each query head isn't part of the buffer
         if plan.expansion is None:
-            out = joined_attention(plan.by_head(received), plan.local_kv_heads, saved, *pack)
-        elif saved is None:
-            out = attention(*q_k_v(received, plan), *pack)
+            heads = plan.by_head(received)
+            out = joined_attention(heads, plan.local_kv_heads, pack, backend, saved)
         else:
-            out = attention_from_saved(*q_k_v(received, plan), *saved, *pack)
+            out = attention(*q_k_v(received, plan), pack, backend, saved)
         return self._returned(out, t, batch)
 
     def attend_and_save(
         self, sent: torch.Tensor, t: int, batch: PackedBatch
-    ) -> tuple[torch.Tensor, Kernel]:
+    ) -> tuple[torch.Tensor, Attended]:
         """`attend` without a graph, and the kernel's own result with its log-sum-exp."""
         received, plan = self._gathered(sent, t, batch)
-        out, lse = attention_forward_lse(*q_k_v(received, plan), *self._pack(batch))
-        return self._returned(out, t, batch), (out, lse)
-
-    def _pack(
-        self, batch: PackedBatch
-    ) -> tuple[torch.Tensor, int, str, tuple[int, ...], int, float]:
-        """What attention must know of a pack: its documents, the kernel, the layer's window and the
-        cap of its scores.
-
-        A window that reaches across the longest document is none: any kernel may run then.
-        """
-        window = self.config.window(self.index)
-        if window >= batch.max_seqlen:
-            window = 0
+        pack = pack_of(batch, self.window, self.config.score_cap)
         backend = self.execution.backend
-        cap = self.config.score_cap
-        return batch.cu_seqlens, batch.max_seqlen, backend, batch.seqlens, window, cap
+        out, lse = attention_forward_lse(*q_k_v(received, plan), pack, backend)
+        return self._returned(out, t, batch), (out, lse)
 
     def _gathered(
         self, sent: torch.Tensor, t: int, batch: PackedBatch

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from retool.batch import PackedBatch, edges
+from retool.batch import PackedBatch
 from retool.model.attention.cudnn import planned_lengths
 from retool.model.attention.dispatch import attention
+from retool.model.attention.pack import new_pack
 from retool.model.block import Block, Execution, new_parameter, rms_norm
 from retool.model.catalogue.families import FAMILIES
 from retool.model.config import ModelConfig
@@ -217,8 +218,7 @@ def _attend_once(length: int, heads: HeadPlan, sharded: Sharded) -> None:
     device = sharded.mesh.device
     numel = length * heads.widths[heads.rank] * heads.head_dim
     sent = torch.zeros(numel, dtype=sharded.param_dtype, device=device, requires_grad=True)
-    cu_seqlens = edges((length,)).to(device)
-    out = attention(*q_k_v(sent, heads), cu_seqlens, length, "cudnn", (length,))
+    out = attention(*q_k_v(sent, heads), new_pack((length,), device), "cudnn")
     torch.autograd.grad(out, sent, torch.zeros_like(out))
 
 

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from retool.batch import PackedBatch
+from retool.model.attention.pack import Attended
 from retool.model.compile import unviewed
 from retool.model.offload import Offload
 
 Recompute = Literal["none", "selective", "full", "offload"]
-Kernel = tuple[Tensor, Tensor]  # attention's result [T, n, H] and its log-sum-exp [n, T]
 
 CHUNKED_FROM = 32_768  # tokens of a rank
 CHUNK = 16_384
@@ -50,11 +50,11 @@ class Block(Protocol):
     after_piece: Callable[..., Tensor]
 
     def attend(
-        self, sent: Tensor, t: int, batch: PackedBatch, saved: Kernel | None = None
+        self, sent: Tensor, t: int, batch: PackedBatch, saved: Attended | None = None
     ) -> Tensor: ...
     def attend_and_save(
         self, sent: Tensor, t: int, batch: PackedBatch
-    ) -> tuple[Tensor, Kernel]: ...
+    ) -> tuple[Tensor, Attended]: ...
     def per_token(self, batch: PackedBatch) -> tuple[Tensor | None, ...]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
 

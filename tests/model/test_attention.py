@@ -7,11 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from retool.batch import edges
+from retool.batch import Sample, pack
 from retool.model.attention import (
     cudnn as attention_cudnn,
 )
@@ -27,10 +28,10 @@ from retool.model.attention.dispatch import (
     attention,
     attention_backward,
     attention_forward_lse,
-    attention_from_saved,
     choose_backend,
 )
 from retool.model.attention.joined import joined_attention
+from retool.model.attention.pack import Pack, new_pack, pack_of
 
 HEADS = [(14, 2), (9, 3), (8, 4), (6, 6)]
 SEQLENS = (1, 37, 5, 1, 64, 20)
@@ -77,34 +78,25 @@ def inputs(
     device: str = "cpu",
     seed: int = 0,
 ):
-    """One [T, N + 2K, H] buffer, and a pack description; q, k and v are strided views of the
-    buffer.
-    """
+    """One [T, N + 2K, H] buffer, whose strided views are q, k and v; and its documents."""
     generator = torch.Generator().manual_seed(seed)
     buffer = torch.randn(
         sum(seqlens), heads + 2 * kv_heads, head_dim, dtype=torch.float64, generator=generator
     ).to(device, dtype)
-    cu_seqlens = torch.tensor([0, *seqlens]).cumsum(0).to(device, torch.int32)
-    return buffer.requires_grad_(), cu_seqlens, max(seqlens)
+    return buffer.requires_grad_(), new_pack(seqlens, torch.device(device))
 
 
 def run(
     buffer: Tensor,
     heads: int,
     kv_heads: int,
-    cu_seqlens: Tensor,
-    longest: int,
+    pack: Pack,
     backend: str,
-    seqlens: tuple[int, ...],
     weight: Tensor,
 ):
     """(out, gradient of the buffer) for the objective (out · weight).sum()."""
     q, k, v = buffer.split([heads, kv_heads, kv_heads], 1)
-    out = (
-        dense(q, k, v, seqlens)
-        if backend == "dense"
-        else attention(q, k, v, cu_seqlens, longest, backend, seqlens)
-    )
+    out = dense(q, k, v, pack.seqlens) if backend == "dense" else attention(q, k, v, pack, backend)
     (grad,) = torch.autograd.grad((out * weight.to(out)).sum(), buffer)
     return out.detach(), grad
 
@@ -119,13 +111,13 @@ def check(
     device: str,
     bounds,
 ) -> None:
-    buffer, cu_seqlens, longest = inputs(heads, kv_heads, seqlens, head_dim, dtype, device)
+    buffer, pack = inputs(heads, kv_heads, seqlens, head_dim, dtype, device)
     weight = torch.randn(
         sum(seqlens), heads, head_dim, generator=torch.Generator().manual_seed(1)
     ).to(device, dtype)
-    out, grad = run(buffer, heads, kv_heads, cu_seqlens, longest, backend, seqlens, weight)
+    out, grad = run(buffer, heads, kv_heads, pack, backend, weight)
     wide = buffer.detach().double().requires_grad_()
-    want_out, want_grad = run(wide, heads, kv_heads, cu_seqlens, longest, "dense", seqlens, weight)
+    want_out, want_grad = run(wide, heads, kv_heads, pack, "dense", weight)
     assert out.dtype == dtype and grad.dtype == dtype
     assert rel(out, want_out) < bounds[0]
     for part, want in zip(
@@ -152,7 +144,7 @@ def check_no_leak(
 
     cuDNN adds up dq in no fixed order, so its gradients are held to bfloat16's rounding instead.
     """
-    buffer, cu_seqlens, longest = inputs(heads, kv_heads, seqlens, 32, dtype, device)
+    buffer, pack = inputs(heads, kv_heads, seqlens, 32, dtype, device)
     weight = torch.randn(sum(seqlens), heads, 32, generator=torch.Generator().manual_seed(1)).to(
         device, dtype
     )
@@ -161,8 +153,7 @@ def check_no_leak(
     other = buffer.detach().clone()
     other[inside] = 3 * torch.randn_like(other[inside])
     results = [
-        run(x, heads, kv_heads, cu_seqlens, longest, backend, seqlens, weight)
-        for x in (buffer, other.requires_grad_())
+        run(x, heads, kv_heads, pack, backend, weight) for x in (buffer, other.requires_grad_())
     ]
     outside = torch.ones(sum(seqlens), dtype=torch.bool, device=device)
     outside[inside] = False
@@ -219,9 +210,9 @@ def test_the_formula_equals_dense_in_blocks(
 
 
 def test_lse_is_the_log_sum_exp_of_the_scores() -> None:
-    buffer, cu_seqlens, longest = inputs(6, 3, (4, 9), 16, torch.float64)
+    buffer, pack = inputs(6, 3, (4, 9), 16, torch.float64)
     q, k, v = buffer.detach().split([6, 3, 3], 1)
-    _, lse = attention_forward_lse(q, k, v, cu_seqlens, longest, "reference", (4, 9))
+    _, lse = attention_forward_lse(q, k, v, pack, "reference")
     want = [(q[8, n] @ k[4:9, n // 2].T / 4).logsumexp(-1) for n in range(6)]
     torch.testing.assert_close(lse[:, 8], torch.stack(want), rtol=1e-14, atol=1e-14)
 
@@ -236,22 +227,20 @@ def check_saved(
     """A block recomputed from the kept (out, lse): the same result and gradients, and no second run
     of the kernel.
     """
-    buffer, cu_seqlens, longest = inputs(8, 4, seqlens, 32, dtype, device)
+    buffer, pack = inputs(8, 4, seqlens, 32, dtype, device)
     weight = torch.randn(sum(seqlens), 8, 32, generator=torch.Generator().manual_seed(1)).to(
         device, dtype
     )
-    out, grad = run(buffer, 8, 4, cu_seqlens, longest, backend, seqlens, weight)
+    out, grad = run(buffer, 8, 4, pack, backend, weight)
     q, k, v = buffer.split([8, 4, 4], 1)
-    kept, lse = attention_forward_lse(q, k, v, cu_seqlens, longest, backend, seqlens)
+    kept, lse = attention_forward_lse(q, k, v, pack, backend)
     assert not kept.requires_grad and torch.equal(kept, out)
-    explicit = attention_backward(
-        weight.to(dtype), q, k, v, kept, lse, cu_seqlens, longest, backend, seqlens
-    )
+    explicit = attention_backward(weight.to(dtype), q, k, v, (kept, lse), pack, backend)
     same = torch.equal if backend != "cudnn" else lambda a, b: rel(a, b) < 4e-3
     assert same(torch.cat(explicit, 1), grad)
     with monkeypatch.context() as patch:
         patch.delitem(attention_backward.__globals__["FORWARD"], backend)
-        again = attention_from_saved(q, k, v, kept, lse, cu_seqlens, longest, backend, seqlens)
+        again = attention(q, k, v, pack, backend, (kept, lse))
         assert again.data_ptr() == kept.data_ptr()
         (grad_again,) = torch.autograd.grad((again * weight).sum(), buffer)
     assert same(grad_again, grad)
@@ -272,19 +261,25 @@ def test_windows_and_caps_equal_dense(
     monkeypatch.setattr(attention_reference, "SCORE_BUDGET", budget)
     monkeypatch.setattr(attention_reference, "MIN_WINDOW_ROWS", 5)
     heads, kv_heads = 14, 2
-    buffer, cu_seqlens, longest = inputs(heads, kv_heads, SEQLENS, 8, torch.float64)
+    buffer, pack = inputs(heads, kv_heads, SEQLENS, 8, torch.float64)
     q, k, v = buffer.split([heads, kv_heads, kv_heads], 1)
-    pack = cu_seqlens, longest, "reference", SEQLENS, window, cap
-    found = attention(q, k, v, *pack)
+    pack = pack._replace(window=window, cap=cap)
+    found = attention(q, k, v, pack, "reference")
     want = dense(q, k, v, SEQLENS, window, cap)
     weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).double()
     (grad,) = torch.autograd.grad((found * weight).sum(), buffer)
     (want_grad,) = torch.autograd.grad((want * weight).sum(), buffer)
     assert rel(found, want) < 1e-14 and rel(grad, want_grad) < 1e-13
-    kept, lse = attention_forward_lse(q, k, v, *pack)
-    again = attention_from_saved(q, k, v, kept, lse, *pack)
+    kept = attention_forward_lse(q, k, v, pack, "reference")
+    again = attention(q, k, v, pack, "reference", kept)
     (from_saved,) = torch.autograd.grad((again * weight).sum(), buffer)
     assert torch.equal(from_saved, grad)
+
+
+def test_a_window_across_the_longest_document_is_none() -> None:
+    batch = pack([Sample(np.zeros(n, np.int32), np.ones(n, bool)) for n in (5, 9)])
+    assert [pack_of(batch, window).window for window in (0, 8, 9, 10)] == [0, 8, 0, 0]
+    assert pack_of(batch, 8, 1.5)[1:] == (9, (5, 9), 8, 1.5)
 
 
 def test_a_kernel_without_windows_is_not_chosen_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,7 +396,7 @@ def test_a_deterministic_backend_is_chosen_where_it_is_asked_for(
 def test_a_kernel_that_computes_wrongly_is_found_out(
     backend: str, spoilt: str | None, least: float, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried: list[attention_reference.Pack] = []
+    tried: list[Pack] = []
 
     def forward(q, k, v, pack):
         tried.append(pack)
@@ -454,15 +449,15 @@ def test_joined_heads_have_the_same_bits(heads: tuple[int, int]) -> None:
     """One buffer in, one gradient out: known or not, as three tensors."""
     n, k = heads
     lengths = (5, 1, 9)
-    pack = (edges(lengths), 9, "reference", lengths, 4)
+    pack = new_pack(lengths, torch.device("cpu"), window=4)
     buffer = torch.randn(15, n + 2 * k, 8, generator=torch.Generator().manual_seed(0))
     buffer.requires_grad_()
     weight = torch.randn(15, n, 8, generator=torch.Generator().manual_seed(1))
-    want = attention(*parts.apart(buffer, k), *pack)
+    want = attention(*parts.apart(buffer, k), pack, "reference")
     (d_want,) = torch.autograd.grad(want, buffer, weight)
-    kept = attention_forward_lse(*parts.apart(buffer, k), *pack)
+    kept = attention_forward_lse(*parts.apart(buffer, k), pack, "reference")
     for saved in (None, kept):
-        out = joined_attention(buffer, k, saved, *pack)
+        out = joined_attention(buffer, k, pack, "reference", saved)
         (d_out,) = torch.autograd.grad(out, buffer, weight)
         assert torch.equal(out, want)
         assert torch.equal(d_out, d_want)
@@ -635,14 +630,13 @@ def test_cudnn_splitting_and_padding(
         _scaled_dot_product_cudnn_attention = staticmethod(forward)
         _scaled_dot_product_cudnn_attention_backward = staticmethod(backward)
 
-    buffer, cu_seqlens, longest = inputs(4, 2, seqlens, 8, torch.float64)
+    buffer, pack = inputs(4, 2, seqlens, 8, torch.float64)
     weight = torch.randn(sum(seqlens), 4, 8, dtype=torch.float64)
-    want = run(buffer, 4, 2, cu_seqlens, longest, "dense", seqlens, weight)
+    want = run(buffer, 4, 2, pack, "dense", weight)
     monkeypatch.setattr(attention_cudnn, "CUDNN_SHORTEST", 10)
     monkeypatch.setattr(attention_cudnn, "INDEXABLE", huge)
     attention_cudnn._runs.cache_clear()
     q, k, v = buffer.detach().split([4, 2, 2], 1)
-    pack = attention_reference.Pack(cu_seqlens, longest, seqlens)
     with monkeypatch.context() as patch:
         patch.setattr(attention_cudnn.torch.ops, "aten", Ops)
         out, lse = attention_cudnn.cudnn_forward(q, k, v, pack, short_forward)
@@ -653,7 +647,7 @@ def test_cudnn_splitting_and_padding(
     assert all(len(found) == 1 for found in strides.values()), strides
 
 
-def documents(pack: attention_reference.Pack) -> Iterator[slice]:
+def documents(pack: Pack) -> Iterator[slice]:
     edges = pack.cu_seqlens.tolist()
     assert (
         edges[0] == 0
@@ -663,9 +657,7 @@ def documents(pack: attention_reference.Pack) -> Iterator[slice]:
     return (slice(a, b) for a, b in pairwise(edges))
 
 
-def short_forward(
-    q: Tensor, k: Tensor, v: Tensor, pack: attention_reference.Pack
-) -> tuple[Tensor, Tensor]:
+def short_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
     parts = [attention_reference.plain_forward(q[s], k[s], v[s]) for s in documents(pack)]
     return torch.cat([o for o, _ in parts]), torch.cat([s for _, s in parts], 1)
 
@@ -677,7 +669,7 @@ def short_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    pack: attention_reference.Pack,
+    pack: Pack,
 ):
     parts = [
         attention_reference.plain_backward(dout[s], q[s], k[s], v[s], out[s], lse[:, s])
@@ -749,23 +741,21 @@ def test_kernels_recompute_without_running_again(
 
 @pytest.mark.gpu
 def test_kernels_agree_on_lse(backend: str) -> None:
-    buffer, cu_seqlens, longest = inputs(14, 2, GPU_SEQLENS, 64, torch.bfloat16, "cuda")
+    buffer, pack = inputs(14, 2, GPU_SEQLENS, 64, torch.bfloat16, "cuda")
     q, k, v = buffer.detach().split([14, 2, 2], 1)
-    _, lse = attention_forward_lse(q, k, v, cu_seqlens, longest, backend, GPU_SEQLENS)
-    _, want = attention_forward_lse(
-        q.double(), k.double(), v.double(), cu_seqlens, longest, "reference", GPU_SEQLENS
-    )
+    _, lse = attention_forward_lse(q, k, v, pack, backend)
+    _, want = attention_forward_lse(q.double(), k.double(), v.double(), pack, "reference")
     torch.testing.assert_close(lse.double(), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
 def test_attention_does_not_wait_for_the_device(backend: str) -> None:
-    buffer, cu_seqlens, longest = inputs(14, 2, GPU_SEQLENS, 64, torch.bfloat16, "cuda")
+    buffer, pack = inputs(14, 2, GPU_SEQLENS, 64, torch.bfloat16, "cuda")
     weight = torch.randn(sum(GPU_SEQLENS), 14, 64, device="cuda", dtype=torch.bfloat16)
-    run(buffer, 14, 2, cu_seqlens, longest, backend, GPU_SEQLENS, weight)
+    run(buffer, 14, 2, pack, backend, weight)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(buffer, 14, 2, cu_seqlens, longest, backend, GPU_SEQLENS, weight)
+        run(buffer, 14, 2, pack, backend, weight)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -115,9 +115,9 @@ def test_a_kernel_computes_windows_or_is_passed_over(backend: str, head_dim: int
         return
     packs: list[tuple[int, ...]] = [GPU_SEQLENS, (1000,), (WINDOW, WINDOW + 1, 1)]
     for seqlens in packs:
-        buffer, cu_seqlens, longest = inputs(6, 2, seqlens, head_dim, HALF, "cuda")
+        buffer, pack = inputs(6, 2, seqlens, head_dim, HALF, "cuda")
         q, k, v = buffer.split([6, 2, 2], 1)
-        out = attention(q, k, v, cu_seqlens, longest, backend, seqlens, WINDOW)
+        out = attention(q, k, v, pack._replace(window=WINDOW), backend)
         wide = buffer.detach().double().requires_grad_()
         wide_q, wide_k, wide_v = wide.split([6, 2, 2], 1)
         want = dense(wide_q, wide_k, wide_v, seqlens, WINDOW)

@@ -18,7 +18,7 @@ keys its plans on the strides of q, k and v alone, so out and dout always have t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retool.model.attention.pack import Attended, Backward, Forward, Gradients, Pack
 from retool.model.attention.parts import new_parts, together
-from retool.model.attention.reference import Gradients, Pack
 
 CUDNN_SHORTEST = (
     4096  # below it FlashAttention-2 over all documents at once fills the device better
@@ -38,9 +38,6 @@ CUDNN_LARGEST_HEAD = 128
 INDEXABLE = 1 << 31
 # A log-sum-exp beside which any score is e^-infinity
 HIDES = 1e30
-
-ShortForward = Callable[[Tensor, Tensor, Tensor, Pack], tuple[Tensor, Tensor]]
-ShortBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Pack], Gradients]
 
 
 class Run(NamedTuple):
@@ -133,9 +130,7 @@ def _flattened(x: Tensor, run: Run) -> Tensor:
     return x.transpose(1, 2)[:, : run.length].flatten(0, 1)
 
 
-def cudnn_forward(
-    q: Tensor, k: Tensor, v: Tensor, pack: Pack, short: ShortForward
-) -> tuple[Tensor, Tensor]:
+def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack, short: Forward) -> Attended:
     """out [T, N, H] and lse float32 [N, T]; `short` computes the documents of fewer than
     `CUDNN_SHORTEST` tokens, and huge ones.
     """
@@ -165,7 +160,7 @@ def cudnn_backward(
     out: Tensor,
     lse: Tensor,
     pack: Pack,
-    short: ShortBackward,
+    short: Backward,
 ) -> Gradients:
     """(dq, dk, dv) of what `cudnn_forward` computed."""
     runs = _runs(pack.seqlens)
@@ -194,7 +189,7 @@ def cudnn_backward(
     return grads
 
 
-def _forward_run(q: Tensor, k: Tensor, v: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+def _forward_run(q: Tensor, k: Tensor, v: Tensor, run: Run) -> Attended:
     q, k, v = (_batched(x, run) for x in (q, k, v))
     out, stats, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q, k, v, None, True, 0.0, True

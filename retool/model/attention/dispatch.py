@@ -13,11 +13,11 @@ of a document · H head dim · B documents
 
 Every token attends to itself and to the tokens before it in its document; scores are scaled by
 1/sqrt(H); query head n reads key/value head n // G. Nothing waits for the device: what the host
-must know about the pack comes in `seqlens` and `max_seqlen`.
+must know of the documents is in `Pack`.
 
 [Note: attention without running it again] A block that recomputes its activations keeps `out` and
-`lse` from `attention_forward_lse` (T·N·(H + 2) elements of 2 bytes in bf16) and calls
-`attention_from_saved` in the recomputation: it returns the kept `out` and its backward starts from
+`lse` from `attention_forward_lse` (T·N·(H + 2) elements of 2 bytes in bf16) and gives them to
+`attention` as `saved` in the recomputation: it returns the kept `out`, and its backward starts from
 both. The most expensive part of a long block is then never computed twice.
 """
 
@@ -27,7 +27,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -41,9 +40,10 @@ from retool.model.attention.cudnn import (
     cudnn_backward,
     cudnn_forward,
 )
+from retool.model.attention.pack import Attended, Gradients, Pack, new_pack
 from retool.model.attention.parts import Parts
-from retool.model.attention.reference import Gradients, Pack, reference_backward, reference_forward
-from retool.model.compile import eager
+from retool.model.attention.reference import reference_backward, reference_forward
+from retool.model.compile import applied, eager
 
 T = TypeVar("T")
 CUDNN_FROM = (9, 0)  # compute capability: Hopper
@@ -183,9 +183,8 @@ def kernel_error(
     if backend == "cudnn":
         # It rounds a length up and reads along what stands behind: enough for that does
         lengths = (5, CUDNN_SHORTEST + 1, CUDNN_SHORTEST // 16)
-    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     window = TRIED_WINDOW if windowed else 0
-    pack = Pack(cu_seqlens, max(lengths), lengths, window, TRIED_CAP if capped else 0.0)
+    pack = new_pack(lengths, device, window, TRIED_CAP if capped else 0.0)
     generator = torch.Generator().manual_seed(0)
     heads = torch.randn(sum(lengths), 6, head_dim, generator=generator).to(device, dtype)
 
@@ -232,76 +231,34 @@ def _for_short(
     return next((name for name in others if kernel_error(name, *inputs) <= TRUSTED), last)
 
 
-@eager  # `seqlens` would be a guard, and every pack a new graph
+@eager  # document lengths would be guards, and every pack a new graph
 def attention(
     q_TNH: Tensor,
     k_TKH: Tensor,
     v_TKH: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
+    pack: Pack,
     backend: str,
-    seqlens: tuple[int, ...],
-    window: int = 0,
-    cap: float = 0.0,
+    saved: Attended | None = None,
 ) -> Tensor:
     """Causal attention within each document → out [T, N, H] in q's dtype, differentiable.
 
-    `cu_seqlens` int32 [B+1] on the device, `seqlens` the same lengths on the host (they add up to
-    T), `max_seqlen` their largest, `backend` a name from `choose_backend`. `window`: how many tokens
-    a query sees, itself the last of them; 0 means all before it. `cap`: scaled scores s become cap ·
-    tanh(s / cap); 0 leaves them. N must be a multiple of K. q, k, v may be views of one buffer, as
-    long as H is contiguous.
+    `backend` is a name from `choose_backend`. N must be a multiple of K. q, k, v may be views of one
+    buffer, as long as H is contiguous. `saved`: what `attention_forward_lse` gave for the same q, k
+    and v; then the kernel doesn't run, see [Note: attention without running it again].
     """
-    check(q_TNH.shape, k_TKH.shape[1], seqlens)
-    return _Attention.apply(
-        q_TNH, k_TKH, v_TKH, None, None, cu_seqlens, max_seqlen, backend, seqlens, window, cap
-    )
-
-
-@eager
-def attention_from_saved(
-    q_TNH: Tensor,
-    k_TKH: Tensor,
-    v_TKH: Tensor,
-    out_TNH: Tensor,
-    lse_NT: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    backend: str,
-    seqlens: tuple[int, ...],
-    window: int = 0,
-    cap: float = 0.0,
-) -> Tensor:
-    """`attention` whose result is known: gives `out_TNH` back without computing it, and the same
-    gradients.
-
-    See [Note: attention without running it again]. q, k, v must be what `out_TNH` and `lse_NT` were
-    computed from.
-    """
-    check(q_TNH.shape, k_TKH.shape[1], seqlens)
-    return _Attention.apply(
-        q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, cu_seqlens, max_seqlen, backend, seqlens, window, cap
-    )
+    check(q_TNH.shape, k_TKH.shape[1], pack)
+    return applied(_Attention, q_TNH, k_TKH, v_TKH, pack, backend, saved)
 
 
 def attention_forward_lse(
-    q_TNH: Tensor,
-    k_TKH: Tensor,
-    v_TKH: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    backend: str,
-    seqlens: tuple[int, ...],
-    window: int = 0,
-    cap: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pack: Pack, backend: str
+) -> Attended:
     """(out [T, N, H], lse [N, T]) without a graph.
 
     lse is the natural log-sum-exp of each query's scaled scores: float32, or float64 for float64
     inputs.
     """
     with torch.no_grad():
-        pack = Pack(cu_seqlens, max_seqlen, seqlens, window, cap)
         return FORWARD[backend](q_TNH, k_TKH, v_TKH, pack)
 
 
@@ -310,29 +267,16 @@ def attention_backward(
     q_TNH: Tensor,
     k_TKH: Tensor,
     v_TKH: Tensor,
-    out_TNH: Tensor,
-    lse_NT: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
+    attended: Attended,
+    pack: Pack,
     backend: str,
-    seqlens: tuple[int, ...],
-    window: int = 0,
-    cap: float = 0.0,
 ) -> Gradients:
     """(dq, dk, dv) of what `attention_forward_lse` computed.
 
     Deterministic under `torch.use_deterministic_algorithms(True)` (not cudnn).
     """
     with torch.no_grad():
-        return BACKWARD[backend](
-            dout_TNH.contiguous(),
-            q_TNH,
-            k_TKH,
-            v_TKH,
-            out_TNH,
-            lse_NT,
-            Pack(cu_seqlens, max_seqlen, seqlens, window, cap),
-        )
+        return BACKWARD[backend](dout_TNH.contiguous(), q_TNH, k_TKH, v_TKH, *attended, pack)
 
 
 class _Attention(torch.autograd.Function):
@@ -342,13 +286,14 @@ class _Attention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        out: Tensor | None,
-        lse: Tensor | None,
-        *pack: Any,
+        pack: Pack,
+        backend: str,
+        saved: Attended | None,
     ) -> Tensor:
-        out, lse = computed_or_kept((q, k, v), out, lse, pack)
-        cu_seqlens, *ctx.pack = pack
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+        out, lse = computed_or_kept((q, k, v), pack, backend, saved)
+        ctx.pack = pack
+        ctx.backend = backend
+        ctx.save_for_backward(q, k, v, out, lse)
         return out
 
     @staticmethod
@@ -356,24 +301,24 @@ class _Attention(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dout: Tensor
     ) -> tuple[Tensor | None, ...]:
-        return (*attention_backward(dout, *ctx.saved_tensors, *ctx.pack), *[None] * 8)
+        q, k, v, out, lse = ctx.saved_tensors
+        gradients = attention_backward(dout, q, k, v, (out, lse), ctx.pack, ctx.backend)
+        return *gradients, None, None, None
 
 
-def computed_or_kept(
-    parts: Parts, out: Tensor | None, lse: Tensor | None, pack: tuple[Any, ...]
-) -> tuple[Tensor, Tensor]:
+def computed_or_kept(parts: Parts, pack: Pack, backend: str, saved: Attended | None) -> Attended:
     """(out, lse) of q, k and v for a node of autograd: those that are known, or new ones."""
-    if out is None or lse is None:
-        return attention_forward_lse(*parts, *pack)
-    # A new tensor over the kept one's memory: the node's output, not its input
+    if saved is None:
+        return attention_forward_lse(*parts, pack, backend)
+    out, lse = saved
+    # A new tensor over the kept one's memory: the node's output, not what it was given
     return out.view_as(out), lse
 
 
-def check(q_shape: Sequence[int], kv_heads: int, seqlens: tuple[int, ...]) -> None:
+def check(q_shape: Sequence[int], kv_heads: int, pack: Pack) -> None:
     """AssertionError where the shape of q [T, N, H] doesn't go with the other heads and the documents."""
-    assert q_shape[0] == sum(seqlens), (
-        f"{q_shape[0]} query tokens in documents of {sum(seqlens)} tokens"
-    )
+    tokens = sum(pack.seqlens)
+    assert q_shape[0] == tokens, f"{q_shape[0]} query tokens in documents of {tokens} tokens"
     assert q_shape[1] % kv_heads == 0, (
         f"{q_shape[1]} query heads don't group over {kv_heads} key/value heads"
     )
@@ -383,7 +328,7 @@ def check(q_shape: Sequence[int], kv_heads: int, seqlens: tuple[int, ...]) -> No
 # ──────────────────────────────────────────────────
 
 
-def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Attended:
     short = FORWARD[_for_short(q.device, q.dtype, q.shape[-1], pack.window > 0)]
     # cuDNN's own kernel has no windows
     return short(q, k, v, pack) if pack.window else cudnn_forward(q, k, v, pack, short)

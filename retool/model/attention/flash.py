@@ -17,11 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retool.model.attention.pack import Attended, Backward, Forward, Gradients, Pack
 from retool.model.attention.parts import new_parts
-from retool.model.attention.reference import Gradients, Pack
-
-Forward = Callable[[Tensor, Tensor, Tensor, Pack], tuple[Tensor, Tensor]]
-Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Pack], Gradients]
 
 NEWER = {"flash3": "FA3", "flash4": "FA4"}  # our name and torch's
 PACKAGE = {"flash": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
@@ -72,7 +69,7 @@ def unregistered(operator: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(operator, "_init_fn", operator)
 
 
-def _package_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
+def _package_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Attended:
     from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
     forward = unregistered(_flash_attn_varlen_forward)
@@ -127,9 +124,7 @@ def _use(version: str | None) -> None:
         attention.activate_flash_attention_impl(version)
 
 
-def _torch_forward(
-    version: str | None, q: Tensor, k: Tensor, v: Tensor, pack: Pack
-) -> tuple[Tensor, Tensor]:
+def _torch_forward(version: str | None, q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Attended:
     from torch.nn.attention.varlen import varlen_attn
 
     assert not pack.cap, "torch's kernels have no caps"

@@ -12,31 +12,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from retool.model.attention.dispatch import attention_backward, check, computed_or_kept
+from retool.model.attention.pack import Attended, Pack
 from retool.model.attention.parts import apart, together
 from retool.model.compile import applied, eager
 
 
 @eager  # as `attention`
 def joined_attention(
-    heads_TjH: Tensor,
-    kv_heads: int,
-    saved: tuple[Tensor, Tensor] | None,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    backend: str,
-    seqlens: tuple[int, ...],
-    window: int = 0,
-    cap: float = 0.0,
+    heads_TjH: Tensor, kv_heads: int, pack: Pack, backend: str, saved: Attended | None = None
 ) -> Tensor:
     """out [T, n, H] of the n query heads and `kv_heads` each of k and v that lie behind them.
 
-    `saved`: (out, lse), where they are known, as in `attention_from_saved`. The rest as in `attention`.
+    The rest as in `attention`.
     """
     tokens, heads, _ = heads_TjH.shape
-    check((tokens, heads - 2 * kv_heads), kv_heads, seqlens)
-    out, lse = (None, None) if saved is None else saved
-    pack = (cu_seqlens, max_seqlen, backend, seqlens, window, cap)
-    return applied(_JoinedAttention, heads_TjH, kv_heads, out, lse, *pack)
+    check((tokens, heads - 2 * kv_heads), kv_heads, pack)
+    return applied(_JoinedAttention, heads_TjH, kv_heads, pack, backend, saved)
 
 
 class _JoinedAttention(torch.autograd.Function):
@@ -45,14 +36,15 @@ class _JoinedAttention(torch.autograd.Function):
         ctx: Any,
         heads: Tensor,
         kv_heads: int,
-        out: Tensor | None,
-        lse: Tensor | None,
-        *pack: Any,
+        pack: Pack,
+        backend: str,
+        saved: Attended | None,
     ) -> Tensor:
-        out, lse = computed_or_kept(apart(heads, kv_heads), out, lse, pack)
-        cu_seqlens, *ctx.pack = pack
+        out, lse = computed_or_kept(apart(heads, kv_heads), pack, backend, saved)
         ctx.kv_heads = kv_heads
-        ctx.save_for_backward(heads, out, lse, cu_seqlens)
+        ctx.pack = pack
+        ctx.backend = backend
+        ctx.save_for_backward(heads, out, lse)
         return out
 
     @staticmethod
@@ -60,6 +52,7 @@ class _JoinedAttention(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dout: Tensor
     ) -> tuple[Tensor | None, ...]:
-        heads, *rest = ctx.saved_tensors
-        grads = attention_backward(dout, *apart(heads, ctx.kv_heads), *rest, *ctx.pack)
-        return (together(grads), *[None] * 9)
+        heads, out, lse = ctx.saved_tensors
+        parts = apart(heads, ctx.kv_heads)
+        gradients = attention_backward(dout, *parts, (out, lse), ctx.pack, ctx.backend)
+        return together(gradients), None, None, None, None

@@ -13,32 +13,17 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from retool.model.attention.pack import Attended, Gradients, Pack
+
 SCORE_BUDGET = 1 << 26  # elements of a block of scores
 MIN_WINDOW_ROWS = 64  # of queries at a time, however small the window
 
-Gradients = tuple[Tensor, Tensor, Tensor]
 
-
-class Pack(NamedTuple):
-    """Where the documents lie: `cu_seqlens` int32 [B+1] on the device, the rest on the host.
-
-    `window`: how many tokens a query sees, itself the last of them; 0 means all before it. `cap`:
-    scaled scores s become cap · tanh(s / cap) (Gemma 2, arXiv 2408.00118); 0 leaves them.
-    """
-
-    cu_seqlens: Tensor
-    max_seqlen: int
-    seqlens: tuple[int, ...]
-    window: int = 0
-    cap: float = 0.0
-
-
-def reference_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
+def reference_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Attended:
     """q [T, N, H], k and v [T, K, H] → out [T, N, H] in q's dtype, and its log-sum-exp [N, T].
 
     The log-sum-exp is float64 for float64 inputs, else float32.

@@ -20,6 +20,7 @@ import torch
 
 from retool.batch import PackedBatch
 from retool.model.attention.dispatch import attention
+from retool.model.attention.pack import pack_of
 from retool.parallel.collectives import all_to_all
 from retool.parallel.mesh import Mesh
 from retool.parallel.ulysses import HeadPlan, join_heads, q_k_v, split_heads
@@ -85,14 +86,8 @@ class PackedAttention:
             q_tNH = q_tNH * scale
         sent = split_heads(q_tNH, by_token(k_1KtH), by_token(v_1KtH), plan, v_1KtH.dtype)
         received = all_to_all(sent, *plan.to_heads(t), group)
-        out_TnH = attention(
-            *q_k_v(received, plan),
-            pack.cu_seqlens,
-            pack.max_seqlen,
-            self.backend,
-            pack.seqlens,
-            given.get("sliding_window") or 0,
-        )
+        seen = pack_of(pack, given.get("sliding_window") or 0)
+        out_TnH = attention(*q_k_v(received, plan), seen, self.backend)
         back = all_to_all(out_TnH.flatten(), *plan.to_sequence(t), group)
         return join_heads(back, plan)[None]
 
