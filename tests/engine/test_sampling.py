@@ -5,6 +5,7 @@ integers.
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -154,9 +155,34 @@ def test_cutoff_keeps_ties_and_the_token_that_crosses() -> None:
     assert least.tolist() == [1.5, 2.0, -8.0, 1.5]
 
 
+def kept_by(row: np.ndarray, top_k: int, top_p: float) -> int:
+    """How many of a row's tokens are left, by the definition, in float64."""
+    weights = np.exp(np.sort(row.astype(np.float64))[::-1])
+    left = weights[:top_k] if top_k > 0 else weights
+    before = np.cumsum(left) - left
+    return int((before < np.float32(top_p) * left.sum()).sum())
+
+
 def test_cutoff_finds_the_token_that_crosses_among_150_000() -> None:
-    x = torch.randn(24, 151_936, generator=torch.Generator().manual_seed(1)) * 3
-    every = torch.full((24,), -1)
-    most = torch.full((24,), 0.7)
-    kept, want = ((y >= cutoff(y, every, most)[:, None]).sum(1) for y in (x, x.double()))
-    assert torch.equal(kept, want)
+    rows = 12
+    # From rows in which a few tokens have nearly everything to rows in which many are alike
+    spread = torch.linspace(6, 1, rows)[:, None]
+    x = torch.randn(rows, 151_936, generator=torch.Generator().manual_seed(1)) * spread
+    top_k = torch.tensor([-1, -1, 50, -1, 5_000, -1] * 2)
+    top_p = torch.tensor([0.6, 0.95, 0.9, 0.7, 0.8, 1.0] * 2)
+    kept = (x >= cutoff(x, top_k, top_p)[:, None]).sum(1)
+    asked = zip(x.numpy(), top_k.tolist(), top_p.tolist(), strict=True)
+    assert kept.tolist() == [kept_by(*row) for row in asked]
+    assert min(kept) < 100 and max(kept) > 1024  # of the few that are looked at first, and not
+
+
+def test_a_cutoff_does_not_sort_the_whole_vocabulary() -> None:
+    x = torch.randn(4, 151_936, generator=torch.Generator().manual_seed(1)) * 6
+    every = torch.full((4,), -1)
+    most = torch.full((4,), 0.6)
+    seconds = []
+    for what in (lambda: cutoff(x, every, most), lambda: x.sort(-1)):
+        begin = time.process_time()
+        what()
+        seconds.append(time.process_time() - begin)
+    assert seconds[0] < 0.5 * seconds[1]

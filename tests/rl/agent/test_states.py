@@ -8,10 +8,12 @@ import asyncio
 import threading
 import time
 from collections import Counter
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from retool.rl.agent.environments.play import Attempt, Worlds, run_in_world
@@ -402,3 +404,22 @@ def test_what_anybody_changes_of_what_it_is_given_is_its_own(renderer_of) -> Non
         deep = {"x": deep}
     # What can't be copied ends nothing
     assert own_copy(deep)["x"] is deep["x"]
+
+
+def test_a_copy_shares_nothing_that_can_change_and_is_quick() -> None:
+    cases = [{"input": f"{i}", "output": [i]} for i in range(2_000)]
+    row = {"cases": cases, "names": ["a"] * 2_000, "array": np.arange(3), "pair": ([1], "b")}
+    copied = own_copy(row)
+    copied["cases"][0]["output"].append(5)
+    copied["names"].append("c")
+    copied["array"][0] = 7
+    copied["pair"][0].append(2)
+    assert row["cases"][0] == {"input": "0", "output": [0]} and row["pair"] == ([1], "b")
+    assert row["names"] == ["a"] * 2_000 and row["array"][0] == 0
+    seconds = {}
+    for copy in (deepcopy, own_copy):
+        begin = time.process_time()
+        for _ in range(3):
+            copy(row)
+        seconds[copy] = time.process_time() - begin
+    assert seconds[own_copy] < 0.6 * seconds[deepcopy]
