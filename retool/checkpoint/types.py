@@ -34,6 +34,7 @@ class SaveOptions:
     async_save     write in the background, once everything is in host memory
     remote_url     where finished checkpoints are copied to (any URL that fsspec knows)
     chat_template  takes the place of the model's own in the export
+    turn_ends      token ids at which who samples from the export stops, besides the model's own
     subfolder      holds the model files: `actor` in reinforcement learning
     """
 
@@ -42,6 +43,7 @@ class SaveOptions:
     async_save: bool = False
     remote_url: str | None = None
     chat_template: str | None = None
+    turn_ends: tuple[int, ...] = ()
     subfolder: str = ""
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ from retool.checkpoint.format.checksums import checksums_of, write_archive
 from retool.checkpoint.format.folder import DATA, shard_name, write_config
 from retool.checkpoint.format.state_dicts import Place, frozen, model_content, optimizer_content
 from retool.checkpoint.hf.export import export_weights
-from retool.checkpoint.hf.side_files import copy_side_files
+from retool.checkpoint.hf.side_files import copy_side_files, stop_at
 from retool.checkpoint.publish import claim, clear_torn, prune, publish, remove, track
 from retool.checkpoint.remote import Mirror
 from retool.checkpoint.rng import capture
@@ -181,6 +181,7 @@ def _prepare(snapshot: _Snapshot, staging: Staging) -> Path:
             torch.bfloat16,
             snapshot.options.chat_template,
         )
+        stop_at(target / "huggingface", snapshot.options.turn_ends)
     except BaseException:
         remove(temporary)
         raise

@@ -85,14 +85,16 @@ def eos_ids(folder: Path) -> tuple[int, ...]:
 
     ValueError, with the file's name, where one isn't what such a file is.
     """
-    found: dict[int, None] = {}
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        said = read_json_object(path).get("eos_token_id") if path.is_file() else None
-        ids: list[Any] = said if isinstance(said, list) else [] if said is None else [said]
-        if not all(type(i) is int for i in ids):
-            raise ValueError(
-                f"{path} holds no token ids as eos_token_id ({said!r:.80}). Fetch it again."
-            )
-        found |= dict.fromkeys(ids)
-    return tuple(found)
+    names = ("generation_config.json", "config.json")
+    return tuple(dict.fromkeys(token for name in names for token in eos_ids_of(folder / name)))
+
+
+def eos_ids_of(path: Path) -> tuple[int, ...]:
+    """`eos_token_id` of one file; none where it isn't there. Raises ValueError as `eos_ids` does."""
+    said = read_json_object(path).get("eos_token_id") if path.is_file() else None
+    ids: list[Any] = said if isinstance(said, list) else [] if said is None else [said]
+    if not all(type(token) is int for token in ids):
+        raise ValueError(
+            f"{path} holds no token ids as eos_token_id ({said!r:.80}). Fetch it again."
+        )
+    return tuple(ids)

@@ -78,9 +78,10 @@ class RunReport(ABC):
     Without faults `folder`, `model` and `choice` are there.
 
     `folder` is the model's local folder; `choice` holds the token budget per GPU, the recomputation
-    and the memory predicted; `notes` tell what is allowed but probably not meant. `identity` is
-    what makes the run this run; `resume` the checkpoint that it goes on from, if it does, and
-    `then` what that knows of the run that wrote it.
+    and the memory predicted; `turn_ends` are the token ids with which a turn of the model's may
+    end; `notes` tell what is allowed but probably not meant. `identity` is what makes the run this
+    run; `resume` the checkpoint that it goes on from, if it does, and `then` what that knows of the
+    run that wrote it.
     """
 
     config: Any
@@ -89,6 +90,7 @@ class RunReport(ABC):
     model: ModelConfig | None = None
     choice: Choice | None = None
     faults: tuple[Fault, ...] = ()
+    turn_ends: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     identity: Identity = field(default_factory=dict)
     resume: Path | None = None

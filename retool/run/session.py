@@ -243,6 +243,7 @@ def save_options(report: RunReport, mesh: Mesh) -> checkpoint.SaveOptions:
         async_save=mesh.device.type == "cuda" if asked is None else asked,
         remote_url=trainer.default_hdfs_dir,
         chat_template=template,
+        turn_ends=report.turn_ends,
         subfolder=options.subfolder,
     )
 

@@ -29,6 +29,7 @@ from retool.data.render.rendering import Rendering
 from retool.data.tokenise import LengthLimit
 from retool.data.tokens.load import load_tokenizer, other_tokens
 from retool.metrics import missing_extras
+from retool.model.hub import eos_ids
 from retool.perf import GIB
 from retool.preflight.borrowed import check_longest
 from retool.preflight.checks import check_run, notes_of
@@ -116,6 +117,7 @@ def _with_data(report: SFTReport, progress: Progress | None) -> SFTReport:
         return make_renderer(tokenizer, rendering_of(config, day))
 
     renderer = attempt("model.partial_pretrain", make, faults)
+    attempt("model.partial_pretrain", lambda: eos_ids(folder), faults)  # a save writes them anew
     if renderer is None:
         return report.blame(*faults)
     # The date becomes part of the configuration: a checkpoint must tell it to the run that goes on.
@@ -123,7 +125,11 @@ def _with_data(report: SFTReport, progress: Progress | None) -> SFTReport:
         report = replace(
             report, config=replace(config, data=replace(config.data, template_date=day))
         )
-    report = replace(report, notes=(*report.notes, *other_tokens(renderer.tokenizer, folder)))
+    report = replace(
+        report,
+        turn_ends=renderer.end_of_turn_ids,
+        notes=(*report.notes, *other_tokens(renderer.tokenizer, folder)),
+    )
     report = _with_split(report, renderer, "train", train, progress)
     report = _with_split(report, renderer, "val", val, progress)
     report = report.blame(*_id_faults(report), *_padding_faults(report))

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from retool.checkpoint.flat.fill import load_flat
 from retool.checkpoint.format.safetensors import WeightsWriter, plan_files
-from retool.checkpoint.hf.side_files import copy_side_files, with_dtype
+from retool.checkpoint.hf.side_files import copy_side_files, stop_at, with_dtype
 from retool.checkpoint.hf.weights import SafetensorsSource
 from retool.model.hub import UNWANTED, WANTED
 from retool.parallel.fsdp.layout import Layout, local_pieces, make_layout
@@ -245,6 +245,24 @@ def test_a_replaced_template_is_the_only_one_in_the_export(
     assert found.chat_template == "new ü"
     copy_side_files(source, tmp_path / "kept", torch.bfloat16)
     assert AutoTokenizer.from_pretrained(tmp_path / "kept").chat_template == tokenizer.chat_template
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize(
+    ("said", "wanted"), [(None, [7, 3]), (3, [3, 7]), ([3, 5], [3, 5, 7])], ids=str
+)
+def test_who_samples_from_an_export_stops_where_turns_end(
+    tmp_path: Path, name: str, said: int | list[int] | None, wanted: list[int]
+) -> None:
+    """A base model's files name only the end of a document; what its author wrote there stays."""
+    settings = {"model_type": "llama", "top_p": 0.7, "eos_token_id": said}
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 9}')
+    (tmp_path / name).write_text(json.dumps(settings))
+    stop_at(tmp_path, (7, 3))
+    assert json.loads((tmp_path / name).read_text()) == {**settings, "eos_token_id": wanted}
+    before = (tmp_path / name).read_bytes()
+    stop_at(tmp_path, (7,))
+    assert (tmp_path / name).read_bytes() == before
 
 
 def test_a_tokenizers_own_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

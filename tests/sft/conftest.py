@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from examples.quickstart import data, model
 from retool.data.template.choose import TEMPLATES
@@ -30,6 +31,9 @@ def make(folder: Path, small: bool = True) -> Path:
     model.write_model(folder / "model", tokenizer, seed=0)
     if small:
         shrink(folder / "model")
+    # As a base model's files have it: a document ends, and nothing is said of turns
+    settings = GenerationConfig(eos_token_id=tokenizer.token_to_id(model.END_OF_TEXT))
+    settings.save_pretrained(folder / "model")
     return folder
 
 

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from examples.quickstart.model import END_OF_TEXT, TURN_END
 from retool import optim
 from retool.batch import Sample, pack
 from retool.checkpoint.__main__ import main as checkpoints
@@ -128,7 +129,9 @@ def check_export(folder: Path, work: Path) -> None:
     """
     export = folder / "huggingface"
     assert {p.name for p in (work / "model").iterdir()} <= {p.name for p in export.iterdir()}
-    AutoTokenizer.from_pretrained(export)
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    ends = GenerationConfig.from_pretrained(export).eos_token_id
+    assert ends == tokenizer.convert_tokens_to_ids([END_OF_TEXT, TURN_END])
     reference = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
     tokens = np.arange(5, 60, dtype=np.int32)
     with torch.no_grad():

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
 from retool.files.untrusted import read_bytes
-from retool.model.hub import read_json_object
+from retool.model.hub import eos_ids_of, read_json_object
 
 MOST_CONFIG_BYTES = 16 << 20  # real ones have a few thousand
 SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}  # .py: own tokenizers
-CONFIGS_WITH_DTYPE = ("config.json", "generation_config.json")
+GENERATION = "generation_config.json"
+CONFIGS_WITH_DTYPE = ("config.json", GENERATION)
 MORE_TEMPLATES = "additional_chat_templates"
 NOT_SIDE = re.compile(
     r".*\.index\.json|trainer_state\.json|training_args\.json|README.*|requirements\.txt",
@@ -60,6 +62,24 @@ def write_template(folder: Path, template: str) -> None:
         settings["chat_template"] = template
         text = json.dumps(settings, indent=2, ensure_ascii=False)
         config.write_text(f"{text}\n", encoding="utf-8")
+
+
+def stop_at(folder: Path, turn_ends: Collection[int]) -> None:
+    """Let who samples from a model's folder stop at `turn_ends`, too, whatever library it uses.
+
+    A base model's files name only the token that ends a document. Trained on turns, it ends them
+    with another one, and a library that doesn't know would sample on through turns of its own.
+    """
+    path = folder / GENERATION
+    if not path.exists():  # then transformers and inference servers read config.json
+        path = folder / "config.json"
+    named = eos_ids_of(path)
+    missing = [token for token in turn_ends if token not in named]
+    if not missing or not path.exists():
+        return
+    settings = {**read_json_object(path), "eos_token_id": [*named, *missing]}
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    path.write_text(f"{text}\n", encoding="utf-8")
 
 
 def _text(path: Path) -> str:

@@ -132,8 +132,14 @@ def _with_renderer(report: RLReport) -> RLReport:
         report = replace(
             report, config=replace(config, data=replace(config.data, template_date=day))
         )
-    said = other_tokens(renderer.tokenizer, folder) if renderer else ()
-    return replace(report.blame(*faults), renderer=renderer, notes=(*report.notes, *said))
+    if renderer is None:
+        return report.blame(*faults)
+    return replace(
+        report.blame(*faults),
+        renderer=renderer,
+        turn_ends=renderer.end_of_turn_ids,
+        notes=(*report.notes, *other_tokens(renderer.tokenizer, folder)),
+    )
 
 
 def _engine_faults(report: RLReport) -> Iterator[Fault]:
