@@ -30,16 +30,9 @@ from retool.model.borrowed.trial import try_on_shapes
 from retool.model.borrowed.watch import Kept
 from retool.model.catalogue.families import FAMILIES, read_model_config
 from retool.model.config import ModelConfig
-from retool.model.hf.fields import SIZES, WAYS_OUT, refused, size
+from retool.model.hf.fields import SIZES, WAYS_OUT, beside_text, has_own_code, refused, size
 from retool.model.hub import read_json_object
 
-# Fields that say that there are inputs beside text
-OTHER_INPUTS = (
-    "vision_config",
-    "audio_config",
-    "speech_config",
-    "text_config",
-)
 # Fields that count experts
 EXPERTS = (
     "num_experts",
@@ -107,10 +100,11 @@ def borrow(content: dict[str, Any]) -> BorrowedConfig:
 
     ValueError says what can't.
     """
-    if faults := list(_refusals(content)):
+    text = content_of(content)
+    if faults := [*_refusals(content), *_dropped(text)]:
         raise ValueError(" ".join(faults))
     try:
-        return measured(content_of(content)).config
+        return measured(text).config
     except ValueError as error:
         name = content["model_type"]
         problem = f"can't run as transformers' module: {error}"
@@ -125,15 +119,11 @@ def borrow(content: dict[str, Any]) -> BorrowedConfig:
 def _refusals(c: dict[str, Any]) -> Iterator[str]:
     """What config.json says that can't work, whatever the module."""
     for name in WAYS_OUT:
-        value = c.get(name)
-        if name == "auto_map" and value:
-            value = "AutoModelForCausalLM" in value
-        if value:
+        asked = has_own_code(c) if name == "auto_map" else c.get(name)
+        # Dropout has several names: see `_dropped`
+        if asked and not name.endswith(DROPS):
             yield refused(name, c[name])
-    for name in OTHER_INPUTS:
-        if isinstance(c.get(name), dict):
-            problem = f"{name} is there, and only models of text alone are trained"
-            yield f"{problem}. Give the text model's own folder."
+    yield from beside_text(c)
     if c.get("is_encoder_decoder"):
         yield "is_encoder_decoder=true is not implemented. Use a decoder."
     for name in SIZES:
@@ -141,13 +131,23 @@ def _refusals(c: dict[str, Any]) -> Iterator[str]:
             size(c, name)
 
 
-def _refuse_settings(config: Any) -> None:
-    """ValueError for what transformers' configuration says that isn't done here."""
+def _dropped(text: str) -> Iterator[str]:
+    """What would be dropped, by the file or by transformers' defaults."""
+    try:
+        config = loaded_config(text)
+    except ValueError:
+        return  # `measured` says why
+    shares = list[str]()
     for name, value in vars(config).items():
         drops = name.endswith(DROPS) and not name.startswith(OTHER_HEADS)
         if drops and isinstance(value, (int, float)) and value:
-            problem = f"{name}={value}, and nothing is dropped here"
-            raise ValueError(f"{problem}: say 0 in config.json")
+            shares.append(f"{name}={value}")
+    if shares:
+        yield f"{' and '.join(shares)} is not implemented. {WAYS_OUT['attention_dropout']}"
+
+
+def _refuse_settings(config: Any) -> None:
+    """ValueError for what transformers' configuration says that isn't done here."""
     for name in EXPERTS:
         count = getattr(config, name, None)
         if isinstance(count, int) and count > 1:

@@ -27,7 +27,7 @@ from retool.model.families import (
     qwen3_moe,
     smollm3,
 )
-from retool.model.hf.fields import shown
+from retool.model.hf.fields import beside_text, has_own_code, shown
 from retool.model.hub import read_json_object
 from retool.model.layer_costs.cost import LayerCosts
 
@@ -91,7 +91,11 @@ def parse_model_config(c: dict[str, Any]) -> ModelConfig:
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         given = shown("model_type", name).replace("=", " ", 1)
-        raise ValueError(f"{given} is not implemented. Implemented: {', '.join(FAMILIES)}.")
+        reasons = list(beside_text(c))
+        if has_own_code(c):
+            reasons.append("The model has code of its own, which isn't run here.")
+        there = f"Implemented: {', '.join(FAMILIES)}, and others that docs/models.md lists."
+        raise ValueError(" ".join([f"{given} is not implemented.", *reasons, there]))
     return family.read_config(c)
 
 

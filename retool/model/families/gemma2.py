@@ -19,7 +19,7 @@ from retool.model import block
 from retool.model.block import Execution, new_parameter, rms_norm
 from retool.model.config import ModelConfig
 from retool.model.fused.gated import gated_down
-from retool.model.hf.fields import number, refused, size, switch
+from retool.model.hf.fields import number, refused, size, switch, without_agreed
 from retool.model.hf.names import Stored, gate_up_down, query_key_value
 from retool.model.hf.shape import read_shape
 from retool.model.hf.windows import FULL, SLIDING, by_kind, window_size
@@ -53,8 +53,10 @@ def read_config(c: dict[str, Any]) -> ModelConfig:
     window.
     """
     kinds = [FULL if i % 2 else SLIDING for i in range(size(c, "num_hidden_layers"))]
-    windows = by_kind(c, window_size(c, WINDOW), kinds)
-    tied = {"tie_word_embeddings": True, **c}
+    window = window_size(c, WINDOW)
+    windows = by_kind(c, window, kinds)
+    agreed = {"hidden_act": ACTIVATION, "sliding_window_size": window}
+    tied = {"tie_word_embeddings": True, **without_agreed(c, agreed)}
     shape = read_shape(tied, FIELDS, KV_HEADS, HEAD_DIM, windows=windows)
     return replace(
         as_gemma(c, shape),

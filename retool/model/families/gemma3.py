@@ -19,7 +19,7 @@ import torch
 from retool.model.block import Execution, new_parameter
 from retool.model.config import ModelConfig
 from retool.model.families import gemma2
-from retool.model.hf.fields import number, size
+from retool.model.hf.fields import number, size, without_agreed
 from retool.model.hf.names import Stored, normed_attention
 from retool.model.hf.shape import read_shape
 from retool.model.hf.two_ropes import split_ropes
@@ -56,7 +56,8 @@ def read_config(c: dict[str, Any]) -> ModelConfig:
     kinds = [SLIDING if (i + 1) % every else FULL for i in range(layers)]
     windows = by_kind(c, window_size(c, WINDOW), kinds)
     window_theta = number(c, "rope_local_base_freq", WINDOW_THETA)
-    whole, window_rope = split_ropes({"tie_word_embeddings": True, **c}, THETA, window_theta)
+    tied = {"tie_word_embeddings": True, **without_agreed(c, {"hidden_act": gemma2.ACTIVATION})}
+    whole, window_rope = split_ropes(tied, THETA, window_theta)
     shape = read_shape(whole, FIELDS, KV_HEADS, HEAD_DIM, windows=windows)
     return replace(gemma2.as_gemma(c, shape), qk_norm=True, window_rope=window_rope)
 

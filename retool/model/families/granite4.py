@@ -13,7 +13,7 @@ from typing import Any
 from retool.model.config import ModelConfig
 from retool.model.families import granite
 from retool.model.families.granite import costs as costs
-from retool.model.hf.fields import refused
+from retool.model.hf.fields import refused, without_agreed
 from retool.model.hf.names import Stored, query_key_value
 
 # Of layers of Mamba, and of experts: there are none.
@@ -25,6 +25,7 @@ UNUSED = (
 EXPERTS = 8  # transformers' defaults
 FFN = 1024
 ATTENTION = ("attention", "full_attention")
+AGREED = {"normalization_function": "rmsnorm"}
 
 
 def read_config(c: dict[str, Any]) -> ModelConfig:
@@ -40,7 +41,7 @@ def read_config(c: dict[str, Any]) -> ModelConfig:
     if position not in ("rope", "nope", None):
         raise ValueError(refused("position_embedding_type", position))
     own = {"shared_intermediate_size", "num_local_experts", "position_embedding_type", *UNUSED}
-    rest = {name: value for name, value in c.items() if name not in own}
+    rest = {name: value for name, value in without_agreed(c, AGREED).items() if name not in own}
     as_granite = {
         **rest,
         "intermediate_size": c.get("shared_intermediate_size", FFN),

@@ -11,7 +11,7 @@ from typing import Any
 from retool.model.config import LongScaling, ModelConfig
 from retool.model.families import llama
 from retool.model.families.llama import costs as costs
-from retool.model.hf.fields import WINDOWS, refused, size
+from retool.model.hf.fields import WINDOWS, refused, size, without_agreed
 from retool.model.hf.names import Stored
 from retool.model.hf.rope_fields import ORIGINAL_LENGTH, rotary_dim, without_share
 from retool.model.hf.shape import read_shape
@@ -23,6 +23,9 @@ NORM_EPS = 1e-5
 LENGTH = 4096
 # What files call LongRoPE, in transformers too: "yarn" isn't YaRN here
 LONGROPE = ("longrope", "su", "yarn")
+# Where their maker's own code is, from before transformers had it
+MAKERS_CODE = "modeling_phi3.Phi3ForCausalLM"
+AGREED = {"full_attn_mod": 1, "interpolate_factor": 1}
 
 
 def read_config(c: dict[str, Any]) -> ModelConfig:
@@ -32,7 +35,9 @@ def read_config(c: dict[str, Any]) -> ModelConfig:
         ORIGINAL_LENGTH: LENGTH,
         "max_position_embeddings": LENGTH,
     }
-    whole = {**defaults, **c, **_renamed(c)}
+    whole = {**defaults, **without_agreed(c, AGREED), **_renamed(c)}
+    if _is_makers(c.get("auto_map")):
+        del whole["auto_map"]
     wide = size(whole, "hidden_size") // size(whole, "num_attention_heads")
     turned = rotary_dim(whole, size(whole, "head_dim", default=wide))
     windows = in_every_layer(c, default=None)
@@ -42,6 +47,14 @@ def read_config(c: dict[str, Any]) -> ModelConfig:
         name = "rope_scaling" if c.get("rope_scaling") else "rope_parameters"
         raise ValueError(refused(name, c.get(name)))
     return shape
+
+
+def _is_makers(code: object) -> bool:
+    """Whether this is the code that transformers has taken over, and runs in its place."""
+    if not isinstance(code, dict):
+        return False
+    models = [value for kind, value in code.items() if kind.startswith("AutoModel")]
+    return bool(models) and all(value == MAKERS_CODE for value in models)
 
 
 def _renamed(c: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from retool.model import block
 from retool.model.block import Execution, new_parameter, rms_norm, swiglu
 from retool.model.config import ModelConfig
-from retool.model.hf.fields import WINDOWS, switch
+from retool.model.hf.fields import WINDOWS, switch, without_agreed
 from retool.model.hf.names import Stored, gate_up_down, normed_attention
 from retool.model.hf.shape import read_shape
 from retool.model.hf.windows import from_a_layer_on
@@ -30,12 +30,14 @@ from retool.model.rope import rotate
 FIELDS = WINDOWS | {"attention_bias"}  # beside those that every family has
 KV_HEADS = 32  # transformers' defaults
 HEAD_DIM = 128
+AGREED = {"use_qk_norm": True}
 
 
 def read_config(c: dict[str, Any]) -> ModelConfig:
     """`attention_bias` gives biases to q, k, v and o."""
     windows = from_a_layer_on(c)
-    shape = read_shape(c, FIELDS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, windows=windows)
+    rest = without_agreed(c, AGREED)
+    shape = read_shape(rest, FIELDS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, windows=windows)
     biased = switch(c, "attention_bias")
     return replace(shape, qkv_bias=biased, o_bias=biased, qk_norm=True)
 

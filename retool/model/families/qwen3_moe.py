@@ -20,7 +20,7 @@ from retool.model.config import ModelConfig
 from retool.model.experts import layer as expert_layer
 from retool.model.families import qwen3
 from retool.model.hf import expert_fields
-from retool.model.hf.fields import WINDOWS, size, switch
+from retool.model.hf.fields import WINDOWS, size, switch, without_agreed
 from retool.model.hf.names import Stored, normed_attention
 from retool.model.hf.shape import read_shape
 from retool.model.hf.windows import in_every_layer, where_switched_on
@@ -50,7 +50,8 @@ def read_config(
     expert_fields.require_experts_everywhere(c)
     window = where_switched_on(c, WINDOW)
     windows = in_every_layer({**c, "sliding_window": window or None}, default=None)
-    shape = read_shape(c, FIELDS, kv_heads=KV_HEADS, windows=windows)
+    rest = without_agreed(c, qwen3.AGREED)
+    shape = read_shape(rest, FIELDS, kv_heads=KV_HEADS, windows=windows)
     biased = switch(c, "attention_bias")
     width = size(c, "moe_intermediate_size", default=WIDTH)
     sizes = expert_fields.read_experts(

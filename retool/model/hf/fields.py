@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 # Fields that only some families read: through them a layer may see a part of the sequence only.
@@ -61,11 +61,20 @@ IMPLEMENTED: dict[str, tuple[Any, ...]] = {
 WAYS_OUT = {
     "quantization_config": "Give the model's folder as it was before it was quantised.",
     "quantization": "Give the model's folder as it was before it was quantised.",
+    "attention_dropout": "Nothing is dropped here: write 0 in the file.",
     "auto_map": (
         "The model has code of its own, which isn't run here. Take auto_map out of the file if the "
         "weights are a plain model's."
     ),
 }
+
+# Fields that say that there are inputs beside text
+OTHER_INPUTS = (
+    "vision_config",
+    "audio_config",
+    "speech_config",
+    "text_config",
+)
 
 TOKENS = (
     "bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id mask_token_id cls_token_id "
@@ -83,7 +92,7 @@ BOOKKEEPING = (
     "architectures name_or_path torch_dtype dtype use_bfloat16 torchscript tokenizer_class "
     "tokenizer_type prefix finetuning_task task_specific_params problem_type id2label label2id "
     "num_labels output_hidden_states output_attentions return_dict is_decoder attn_implementation "
-    "initializer_range model_max_length max_sequence_length transformers.js_config is_llama_config "
+    "initializer_range init_method model_max_length max_sequence_length transformers.js_config is_llama_config "
     "unsloth_fixed model_name license language tags datasets base_model max_seq_len"
 )
 # The same sums in another order, or another order of the work: not other numbers than rounding
@@ -105,7 +114,7 @@ def faults_of(c: dict[str, Any], family: frozenset[str]) -> Iterator[str]:
     # another model.
     for name, value in c.items():
         if name == "auto_map":
-            if isinstance(value, dict) and any(str(kind).startswith("AutoModel") for kind in value):
+            if has_own_code(c):
                 yield refused(name, value)
         elif name in IMPLEMENTED:
             if value not in IMPLEMENTED[name]:
@@ -113,6 +122,31 @@ def faults_of(c: dict[str, Any], family: frozenset[str]) -> Iterator[str]:
         # An unknown field that is off changes nothing, whatever it would switch on.
         elif not (name in READ or name in family or without_effect(name) or is_off(value)):
             yield refused(name, value)
+
+
+def has_own_code(c: dict[str, Any]) -> bool:
+    """Whether the model's folder has code for it, and not for its tokenizer alone."""
+    code = c.get("auto_map")
+    return isinstance(code, dict) and any(str(kind).startswith("AutoModel") for kind in code)
+
+
+def beside_text(c: dict[str, Any]) -> Iterator[str]:
+    """That a model has inputs beside text, if it has, with the way out."""
+    if found := [name for name in OTHER_INPUTS if isinstance(c.get(name), dict)]:
+        told = f"{' and '.join(found)} {'is' if len(found) == 1 else 'are'} there"
+        yield (
+            f"{told}, and only models of text alone are trained. Give a folder of its text model "
+            "alone: docs/models.md shows how to make one."
+        )
+
+
+def without_agreed(c: dict[str, Any], agreed: Mapping[str, object]) -> dict[str, Any]:
+    """The fields without those that name what the family computes in any case.
+
+    Makers write them for programs of their own, and transformers doesn't read them. With another value
+    than in `agreed` they stay, and are refused.
+    """
+    return {name: c[name] for name in c if name not in agreed or c[name] != agreed[name]}
 
 
 def refused(name: str, value: object) -> str:

@@ -135,9 +135,11 @@ def parse_rope(c: dict[str, Any], rope: dict[str, Any]) -> tuple[float, RopeScal
             f"{way_out}"
         )
     if unknown := sorted(map(str, rope.keys() - ROPE_KEYS[kind])):
+        told = ", ".join(shown(name, rope[name]) for name in unknown[:5])
         raise ValueError(
-            f"rope type {kind!r} with {', '.join(shown(name, rope[name]) for name in unknown[:5])} "
-            "is not implemented."
+            f"rope type {kind!r} with {told} is not implemented. If the model doesn't compute with it, "
+            "take it out of the file. (transformers doesn't; what it multiplies cos and sin with is "
+            "attention_factor.)"
         )
     if rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError(refused("partial_rotary_factor", rope["partial_rotary_factor"]))
