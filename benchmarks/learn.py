@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from table import failed, hardware, head, row, save
+from table import failed, hardware, head, row, save, some_of
 
 SOURCE = "gsm8k"
 ARR = "actor_rollout_ref."
@@ -398,6 +398,7 @@ def arguments() -> Namespace:
     add("--test-every", type=int, default=10, help="steps of DAPO between validations")
     add(
         "--only",
+        type=some_of((*PARTS, "alone")),
         default=",".join(PARTS),
         help="parts to run; of the others, what --out has is shown. `alone` is one more: the model "
         "without the tool",

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from sft import BLANK, SHAPES
-from table import attempt, failed, hardware, head, save
+from table import attempt, failed, hardware, head, save, some_of
 from table import row as print_row
 
 from retool.batch import PackedBatch, Sample, pack
@@ -265,7 +265,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", default=",".join(ROWS), help="any of " + ", ".join(ROWS))
+    parser.add_argument(
+        "--rows",
+        type=some_of(ROWS),
+        default=",".join(ROWS),
+        help="any of " + ", ".join(ROWS),
+    )
     parser.add_argument("--shape", choices=MODELS, help="use this shape in every row")
     parser.add_argument(
         "--scale",

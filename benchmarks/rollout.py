@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 import torch
 from sft import SHAPES, random_weights
-from table import arguments, failed, hardware, head, row, save
+from table import arguments, failed, hardware, head, row, save, some_of
 
 from retool.batch import Sample, pack
 from retool.checkpoint.hf.pretrained import load_pretrained
@@ -480,6 +480,7 @@ def parse() -> Namespace:
     add("--no-compile", action="store_true")
     add(
         "--peers",
+        type=some_of(PEERS),
         default="generate_batch,generate",
         help=f"of {', '.join(PEERS)}; empty: none",
     )

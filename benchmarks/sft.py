@@ -29,7 +29,7 @@ import kernels
 import numpy as np
 import torch
 import torch.distributed as dist
-from table import attempt, failed, save
+from table import attempt, failed, save, some_of
 
 from retool.batch import Sample
 from retool.data.loader import StepOrder, iterate_steps
@@ -134,11 +134,10 @@ SHAPES = {
 STEPS = 8
 COUNTED = slice(3, 8)
 DOCUMENTS = {"full": 16, "mixed": 64, "4096": 64, "few": 16}
-# measured by others' code on 2×H100 80GB HBM3, torch 2.11, 2026-11; the row of the same workload is
-# the baseline
+# The best peer of each workload on two H200s, torch 2.11, 2026-11-29 (`peers.py`): the baseline
 PEERS = {
-    "full": ("verl 0.9.1, published settings", 31_095, 9.7),
-    "mixed": ("verl 0.9.1, tuned", 38_452, 7.4),
+    "full": ("TRL 1.16, FSDP2, liger", 55_193, 20.0),
+    "mixed": ("TRL 1.16, FSDP2, liger", 55_966, 35.4),
 }
 
 
@@ -355,7 +354,9 @@ def show(lines: list[dict[str, Any]], shape: str, mesh: Mesh) -> None:
     for workload in dict.fromkeys(ROWS[entry["name"]].workload for entry in lines):
         if shape == "qwen2.5-0.5b" and workload in PEERS:
             title, rate, gib = PEERS[workload]
-            print(f"| baseline: {workload}, {title} (2×H100) | {rate:,} | | | {gib} | | |")
+            print(
+                f"| baseline: {workload}, {title} (2×H200, 2026-11-29) | {rate:,} | | | {gib} | | |"
+            )
         for entry in (e for e in lines if ROWS[e["name"]].workload == workload):
             if "failed" in entry:
                 print(f"| {' | '.join(failed(entry['row'], entry, 7))} |")
@@ -390,7 +391,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     rows = "padded,mixed,mixed-sp2,mixed-recompute,full,full-selective,full-recompute,full-sp1"
-    parser.add_argument("--rows", default=rows, help=", ".join(ROWS))
+    parser.add_argument("--rows", type=some_of(ROWS), default=rows, help=", ".join(ROWS))
     parser.add_argument("--shape", default="qwen2.5-0.5b", choices=SHAPES)
     parser.add_argument(
         "--scale",

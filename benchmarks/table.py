@@ -10,7 +10,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +32,21 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", type=Path, help="save the lines here")
     return parser
+
+
+def some_of(known: Iterable[str]) -> Callable[[str], str]:
+    """argparse's `type` of names with commas between them: one that isn't known is refused before
+    anything is measured.
+    """
+    names = tuple(known)
+
+    def checked(text: str) -> str:
+        for name in filter(None, text.split(",")):
+            if name not in names:
+                raise argparse.ArgumentTypeError(f"no {name!r} here; any of {', '.join(names)}")
+        return text
+
+    return checked
 
 
 def hardware(device: torch.device) -> str:
