@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from retool.checkpoint import rng
 from retool.checkpoint.flat.fill import load_flat
-from retool.checkpoint.flat.state import ModelState, require_finite
+from retool.checkpoint.flat.state import ModelState, require_finite, require_same_replicas
 from retool.checkpoint.format.folder import (
     CONFIG,
     faulty_files,
@@ -27,6 +28,7 @@ from retool.checkpoint.shards.optimizer import optimizer_step
 from retool.checkpoint.shards.same_step import require_one_step_unless_vouched
 from retool.checkpoint.shards.source import ShardSource
 from retool.checkpoint.shards.states import data_state, extra_state, step_of
+from retool.parallel.collectives import gather_objects
 from retool.parallel.mesh import Mesh
 
 WAY_OUT_OF_RESUME = "Resume from an older one (trainer.resume_from_path)."
@@ -57,8 +59,8 @@ def load(folder: Path | str, state: ModelState, mesh: Mesh, seed: int) -> Loaded
     ranks. A collective call.
 
     Moments are read where `state` has them. Random states are put back where the world size is the
-    same; otherwise they are derived (seed, step, rank). ValueError names the file and what is wrong
-    with it.
+    same; otherwise they are derived (seed, step, rank). ValueError, the same one on all ranks, names
+    the file and what is wrong with it.
 
     Host memory besides the flats: on the ranks that wrote it, next to nothing; on others, at most
     `fill.THREADS` chunks of `fill.CHUNK` elements, where one is put together from two files
@@ -66,6 +68,37 @@ def load(folder: Path | str, state: ModelState, mesh: Mesh, seed: int) -> Loaded
     them is page cache, which the kernel takes back when it is short.
     """
     top = Path(folder)
+    loaded = _all_or_none(mesh, lambda: _fill(top, state, mesh, seed))
+    require_finite(state.layout, mesh, state.params, f"{top} can't be resumed", WAY_OUT_OF_RESUME)
+    for flat in (state.params, state.exp_avg, state.exp_avg_sq):
+        if flat is not None:
+            require_same_replicas(state.layout, mesh, flat, str(top))
+    return loaded
+
+
+def _all_or_none(mesh: Mesh, read: Callable[[], Loaded]) -> Loaded:
+    """What this rank read, once all have read theirs; where one couldn't, its ValueError on all.
+
+    Damage is often in one rank's part alone. If the others didn't hear of it, they would meet it
+    in other exchanges, or go on from another checkpoint.
+    """
+    loaded = None
+    error = None
+    try:
+        loaded = read()
+    except (ValueError, OSError) as failure:
+        error = (str(failure), isinstance(failure, Unusable))
+    failed = [each for each in gather_objects(error, mesh.world_group) if each is not None]
+    if failed:
+        # First what an older checkpoint wouldn't mend
+        words, unusable = max(failed, key=lambda each: each[1])
+        raise Unusable(words) if unusable else ValueError(words)
+    assert loaded is not None
+    return loaded
+
+
+def _fill(top: Path, state: ModelState, mesh: Mesh, seed: int) -> Loaded:
+    """This rank's part of `load`; it talks to no other rank."""
     where = model_folder(top)
     # Cheap checks first, on every rank: nothing is overwritten before they pass.
     if wrong := faulty_files(where):
@@ -73,9 +106,6 @@ def load(folder: Path | str, state: ModelState, mesh: Mesh, seed: int) -> Loaded
     require_one_step_unless_vouched(where)
     with torch.no_grad():
         load_flat(state.layout, mesh.shard_rank, ShardSource(where), state.params)
-        require_finite(
-            state.layout, mesh, state.params, f"{top} can't be resumed", WAY_OUT_OF_RESUME
-        )
         updates = 0
         if state.exp_avg is not None and state.exp_avg_sq is not None:
             _require_optimizer(where)

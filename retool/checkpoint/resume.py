@@ -20,7 +20,6 @@ from retool.checkpoint.format.folder import faulty_files, model_folder, recorded
 from retool.checkpoint.format.tracker import candidates
 from retool.checkpoint.read import Loaded, Unusable, load
 from retool.config.redact import logger
-from retool.parallel.collectives import gather_objects
 from retool.parallel.mesh import Mesh
 
 FIRST_RANK = "_rank_0.pt"
@@ -88,26 +87,13 @@ def load_whole(
     """
     reasons: list[str] = []
     for folder in folders:
-        loaded = None
-        error = None
         try:
-            loaded = load(folder, state, mesh, seed)
-        except (ValueError, OSError) as failure:
-            error = failure
-        # Damage is often on one rank's part only: all must leave this checkpoint, or resume from
-        # different ones.
-        said = gather_objects(
-            (str(error), isinstance(error, Unusable)) if error is not None else None,
-            mesh.world_group,
-        )
-        found = [each for each in said if each is not None]
-        if not found:
-            assert loaded is not None
-            return folder, loaded
-        reasons.append(found[0][0])
-        # Not damaged: an older one would be just as unusable, and skipping it would hide why.
-        if any(unusable for _, unusable in found):
-            raise ValueError(reasons[-1])
+            return folder, load(folder, state, mesh, seed)
+        except Unusable:
+            # Not damaged: an older one would be just as unusable, and skipping it would hide why.
+            raise
+        except ValueError as error:
+            reasons.append(str(error))
         if len(folders) > 1:
             log.warning("%s is damaged and skipped: %s", folder, reasons[-1])
     if len(folders) == 1:

@@ -4,14 +4,17 @@ the same, and it is said which was skipped and why.
 
 from __future__ import annotations
 
+import itertools
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from retool import checkpoint
-from retool.checkpoint import latest, load_whole
+from retool.checkpoint import latest, load_whole, read
 from retool.checkpoint.format.tracker import candidates
 from retool.parallel.mesh import make_mesh
 from tests.checkpoint import states
@@ -133,3 +136,25 @@ def test_cheap_looks_find_it_before_the_run(
     assert latest(run, fallback=False) == run / "global_step_3", (
         "who insists gets the newest, and its fault"
     )
+
+
+def _load_what_one_rank_cannot(root: str, part: int) -> tuple[str, int]:
+    """Rank 1 alone fails in a part of the newest: its weights, a moment."""
+    real = read.load_flat
+    parts = itertools.count()
+
+    def load_flat(*args: Any) -> None:
+        if next(parts) == part and os.environ["RANK"] == "1":
+            raise ValueError("bytes differ from checksums.json")
+        real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read, "load_flat", load_flat)
+        return _load(root)
+
+
+@pytest.mark.parametrize("part", [0, 2])
+def test_damage_that_one_rank_alone_reads_takes_all_to_the_one_before(run: Path, part: int) -> None:
+    """In a large file the ranks read different blocks."""
+    found = run_ranks(_load_what_one_rank_cannot, WORLD, str(run), part)
+    assert found == [("global_step_2", 2)] * WORLD

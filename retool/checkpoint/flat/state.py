@@ -1,8 +1,10 @@
-"""What a rank owns of the model and its optimizer, and whether all of it is finite."""
+"""What a rank owns of the model and its optimizer: whether it is finite, and what other replicas
+have.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +56,48 @@ def require_finite(layout: Layout, mesh: Mesh, flat: torch.Tensor, what: str, wa
     bad = {name for names in gather_objects(mine, mesh.world_group) for name in names}
     if not bad:
         return
-    named = [member.name for _, member in layout.members if member.name in bad]
-    listed = ", ".join(named[:5])
+    raise ValueError(f"{what}: NaN or infinite values in {_listed(layout, bad)}. {way_out}")
+
+
+def _listed(layout: Layout, names: Collection[str]) -> str:
+    """The first of these parameters, in the model's order."""
+    named = [member.name for _, member in layout.members if member.name in names]
     more = f" and {len(named) - 5} more" if len(named) > 5 else ""
-    raise ValueError(f"{what}: NaN or infinite values in {listed}{more}. {way_out}")
+    return f"{', '.join(named[:5])}{more}"
+
+
+# By the width of a float: integers of the same bits
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def require_same_replicas(layout: Layout, mesh: Mesh, flat: torch.Tensor, source: str) -> None:
+    """ValueError on every rank if two replicas hold other values of the same shard.
+
+    A collective call of all ranks. Each has read its shard by itself from what it knows as `source`,
+    and machines with copies of their own may have two versions. Replicas that begin apart stay
+    apart, as they add up the same gradients. Compared are sums of bits, parameter by parameter: any
+    change of one element changes one. Reads `flat` [layout.shard_numel] once.
+    """
+    if mesh.replicas == 1:
+        return
+    bits = flat.detach().view(BITS[flat.element_size()])
+    sums = [
+        bits[piece.local : piece.local + piece.stop - piece.start].sum(dtype=torch.int64)
+        for piece in local_pieces(layout, mesh.shard_rank)
+    ]
+    mine = torch.stack(sums).tolist() if sums else []
+    first: dict[int, tuple[int, list[int]]] = {}
+    for rank, theirs in enumerate(gather_objects(mine, mesh.world_group)):
+        shard = rank % mesh.shards
+        one, expected = first.setdefault(shard, (rank, theirs))
+        if theirs == expected:
+            continue
+        names = {
+            piece.member.name
+            for piece, a, b in zip(local_pieces(layout, shard), theirs, expected, strict=True)
+            if a != b
+        }
+        raise ValueError(
+            f"{source} isn't the same on all machines: ranks {one} and {rank} read other values of "
+            f"{_listed(layout, names)}. Copy it again, or use a disk that all machines share."
+        )

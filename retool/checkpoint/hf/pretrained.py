@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from retool.checkpoint.flat.fill import load_flat, require_tied
-from retool.checkpoint.flat.state import require_finite
+from retool.checkpoint.flat.state import require_finite, require_same_replicas
 from retool.checkpoint.hf.weights import SafetensorsSource
 from retool.model.borrowed.read import read_any_config
 from retool.model.build import ModelOptions, build_decoder
@@ -20,7 +20,8 @@ def load_pretrained(folder: str | Path, mesh: Mesh, options: ModelOptions | None
     A collective call.
 
     Raises ValueError for an unknown model type, a missing shard, missing or misshapen parameters,
-    a head of its own where config.json has none, and values that aren't finite.
+    a head of its own where config.json has none, values that aren't finite, and others than another
+    replica has.
     """
     options = options or ModelOptions()
     sharded = build_decoder(read_any_config(folder, options.impl), mesh, options)
@@ -38,5 +39,6 @@ def load_pretrained(folder: str | Path, mesh: Mesh, options: ModelOptions | None
         f"the weights of {folder} are damaged",
         way_out,
     )
+    require_same_replicas(sharded.layout, mesh, sharded.master, str(folder))
     sharded.refresh()
     return sharded
