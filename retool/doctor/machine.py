@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import os
-import platform
 import resource
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from torch.cuda import nccl
 
-from retool import __version__
 from retool.doctor.finding import Finding, alike
 from retool.parallel.network import Place, own_place
 from retool.perf import GIB
+from retool.preflight.versions import versions
 from retool.sandbox.probe import find
 
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
 FEWEST_FILES = 1024
 LEAST_SHM = 256 * 2**20  # bytes: docker's 64 MiB end NCCL's runs of several GPUs
 INFINIBAND = Path("/sys/class/infiniband")
@@ -56,7 +52,7 @@ def look(rank: int, device: torch.device, sandbox: bool) -> Machine:
         rank,
         first,
         own_place(os.environ),
-        _versions(),
+        versions(),
         _gpu(device),
         resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
@@ -64,19 +60,6 @@ def look(rank: int, device: torch.device, sandbox: bool) -> Machine:
         shutil.disk_usage(SHM).total if SHM.is_dir() else 0,
         tuple(find().unmet()) if first and sandbox else (),
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "retool": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = ""
-    if torch.cuda.is_available():
-        found["CUDA"] = str(torch.version.cuda)
-        found["NCCL"] = ".".join(map(str, nccl.version()))
-    return found
 
 
 def _gpu(device: torch.device) -> str:

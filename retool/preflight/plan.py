@@ -28,6 +28,7 @@ from retool.preflight.training_memory import DTYPE_BYTES, Prediction, Setting, l
 
 R = TypeVar("R", bound="RunReport")
 T = TypeVar("T")
+Fingerprint = tuple[int, str]  # rows of use, and a hash of what became of them
 LADDER: tuple[Recompute, ...] = ("none", "selective", "full", "offload")
 # Tokens per GPU whose backward takes longer than reducing the gradients, whatever the model's size.
 MIN_TOKENS_TO_HIDE_REDUCE = 2_048
@@ -113,6 +114,11 @@ class RunReport(ABC):
         """
 
     @property
+    @abstractmethod
+    def fingerprints(self) -> Mapping[str, Fingerprint]:
+        """What this rank's data files hold, by key."""
+
+    @property
     def step_then(self) -> int:
         """The step that the run goes on from; 0 where it begins."""
         found = None if self.resume is None else STEP.match(self.resume.name)
@@ -188,24 +194,12 @@ def gpu_memory(options: RunOptions) -> float | None:
     return torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0))).total_memory / GIB
 
 
-def agree(report: R, mesh: Mesh, read: Mapping[str, tuple[int | str, ...]]) -> R:
-    """The same plan on every rank, the most careful of theirs: GPUs may differ. Collective.
-
-    `read` says by key what this rank's data files hold, its number first. ValueError where ranks
-    read other data.
-    """
+def agree(report: R, mesh: Mesh) -> R:
+    """The same plan on every rank, the most careful of theirs: GPUs may differ. Collective."""
     if mesh.world_group is None:
         return report
-    everyone: list[Any] = gather_objects((report.choice, dict(read)), mesh.world_group)
-    for rank, (_, theirs) in enumerate(everyone):
-        for key, first in everyone[0][1].items():
-            if theirs[key] != first:
-                raise ValueError(
-                    f"{key}: rank {rank} reads other rows than rank 0 ({theirs[key][0]} and "
-                    f"{first[0]} of use), or renders them in another way. Every machine needs the "
-                    "same files and the same versions of the packages."
-                )
-    return replace(report, choice=most_careful([choice for choice, _ in everyone]))
+    everyone: list[Any] = gather_objects(report.choice, mesh.world_group)
+    return replace(report, choice=most_careful(everyone))
 
 
 def most_careful(choices: Sequence[Choice]) -> Choice:

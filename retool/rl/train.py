@@ -43,7 +43,6 @@ from retool.rl.objective.batching import RLBatch, Row, mini_batches, rank_batche
 from retool.rl.objective.experience import Experience, make_experience, timed
 from retool.rl.objective.filter import UnusableSamples
 from retool.rl.objective.policy import update_step
-from retool.rl.preflight.identity import fingerprints
 from retool.rl.preflight.plan import RLReport
 from retool.rl.report import write_training, write_validation
 from retool.rl.state import TrainState, adapted_kl_coef
@@ -74,9 +73,7 @@ def train(report: RLReport, caller: Caller = COMMAND) -> int | None:
     Collective: every process of the launcher calls it with the same configuration.
     """
     mesh = begin(report.options, caller)
-    # Every rank read the files by itself: with other rows on one of them the ranks would ask
-    # different questions and never notice.
-    report = same_plan(report, mesh, fingerprints(report))
+    report = same_plan(report, mesh)
     run, state = build_run(report, mesh, caller)
     session = run.session
     trainer = report.config.trainer

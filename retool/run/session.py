@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -123,12 +123,9 @@ def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def same_plan(report: R, mesh: Mesh, read: Mapping[str, tuple[int | str, ...]]) -> R:
-    """The same plan and the same checkpoint to go on from on every rank. Collective.
-
-    `read` says by key what this rank's data files hold. ValueError where ranks read other data.
-    """
-    return to_resume(agree(report, mesh, read), mesh)
+def same_plan(report: R, mesh: Mesh) -> R:
+    """The same plan and the same checkpoint to go on from on every rank. Collective."""
+    return to_resume(agree(report, mesh), mesh)
 
 
 def load_model(report: RunReport, mesh: Mesh) -> tuple[Sharded, AdamW]:

@@ -25,6 +25,7 @@ from retool.parallel.lost_peer import LINGER_S, follow, lost_peer
 from retool.parallel.meeting import shares_store
 from retool.preflight.plan import RunReport
 from retool.preflight.ranks.verdict import Show, verdict
+from retool.preflight.same_everywhere import shared_by_all
 from retool.preflight.show import show_faults
 
 R = TypeVar("R", bound=RunReport)
@@ -62,7 +63,9 @@ def verdict_of_all(
     options = report.options
     folder = Path(options.trainer.default_local_dir) if options.saves else None
     environment = os.environ if met else {}
-    return verdict(report.faults, environment, show or _show, folder=folder)
+    alone = int(environment.get("WORLD_SIZE", 1)) == 1
+    shared = () if alone else shared_by_all(report)
+    return verdict(report.faults, environment, show or _show, folder=folder, shared=shared)
 
 
 def _show(faults: Sequence[Fault]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from retool.preflight.identity import Trait, model_traits
-from retool.sft.plan import SFTReport, Split
+from retool.sft.plan import SFTReport
 
 FILES = "data.train_files"
 
@@ -38,12 +38,3 @@ def with_identity(report: SFTReport) -> SFTReport:
 
 def _blamed(report: SFTReport, key: str) -> bool:
     return any(fault.where.startswith(key) for fault in report.faults)
-
-
-def fingerprints(report: SFTReport) -> dict[str, tuple[int | str, ...]]:
-    """What this rank's files hold: (samples, hash of their content)."""
-
-    def of(split: Split | None) -> tuple[int | str, ...]:
-        return (0,) if split is None else (split.said.samples, split.said.content)
-
-    return {"data.train_files": of(report.train), "data.val_files": of(report.val)}

@@ -11,7 +11,15 @@ from retool.config.options import RunOptions
 from retool.data.cache import Dataset, DatasetReport
 from retool.data.packing import Budget, Packing
 from retool.model.costs import few_tokens, quadratic_length
-from retool.preflight.plan import RECOMPUTE, Choice, RunReport, choose, gpu_memory, setting_of
+from retool.preflight.plan import (
+    RECOMPUTE,
+    Choice,
+    Fingerprint,
+    RunReport,
+    choose,
+    gpu_memory,
+    setting_of,
+)
 from retool.preflight.world import legal_expert_sizes
 from retool.sft.config import SFTConfig, run_options
 
@@ -48,6 +56,14 @@ class SFTReport(RunReport):
     @property
     def steps_of_data(self) -> int:
         return self.steps_per_epoch * self.config.trainer.total_epochs
+
+    @property
+    def fingerprints(self) -> dict[str, Fingerprint]:
+        splits = {"data.train_files": self.train, "data.val_files": self.val}
+        return {
+            key: (0, "") if split is None else (split.said.samples, split.said.content)
+            for key, split in splits.items()
+        }
 
     @property
     def steps_per_epoch(self) -> int:

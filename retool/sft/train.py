@@ -33,7 +33,6 @@ from retool.run.resume import resume
 from retool.run.saving import save_step, say_saved
 from retool.run.session import Session, Skips, begin, load_model, open_session, same_plan
 from retool.run.skips import count_update
-from retool.sft.identity import fingerprints
 from retool.sft.plan import SFTReport, packing_of
 from retool.sft.step import Measured, train_step
 from retool.sft.validate import validate
@@ -72,7 +71,7 @@ def train(report: SFTReport, caller: Caller = COMMAND) -> int | None:
     Collective: every process of the launcher calls it with the same configuration.
     """
     mesh = begin(report.options, caller)
-    report = same_plan(report, mesh, fingerprints(report))
+    report = same_plan(report, mesh)
     session, state = start(report, mesh, caller)
     plan_ahead(session, state)
     trainer = report.config.trainer

@@ -10,36 +10,25 @@ import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from retool.config import Fault, read
 from retool.data.render.renderer import Renderer
 from retool.data.render.rendering import Rendering
-from retool.parallel.mesh import make_mesh
 from retool.preflight import machine
 from retool.preflight.plan import (
-    LADDER,
-    Choice,
-    World,
-    agree,
     checkpoint_bytes,
     host_bytes,
     kept_checkpoints,
 )
-from retool.preflight.training_memory import Prediction
 from retool.rl.agent.tools import interpreter
 from retool.rl.config import RLConfig
 from retool.rl.config.names import IGNORED, SYNONYMS
 from retool.rl.preflight.checks import RLReport, preflight
-from retool.rl.preflight.identity import fingerprint
 from retool.rl.preflight.show import in_words
 from retool.rl.preflight.tool_turns import call_format, show_tool_turn
 from retool.sandbox.fusion_client import unreachable
-from tests.ranks import run_ranks
-from tests.rl.conftest import make_prompt
 
 ACTOR = "actor_rollout_ref.actor."
 
@@ -332,28 +321,4 @@ def test_checkpoints_that_are_no_place_to_resume_from_are_noted(
     )
     assert (
         note in "\n".join(report.notes) and f"{ACTOR}checkpoint.save_contents" in report.notes[-1]
-    )
-
-
-def agreed(others: bool) -> str | None:
-    """The recomputation that a rank goes on with whose own plan has as much as its number says, or
-    what it is refused for.
-    """
-    mesh = make_mesh()
-    choice = Choice(4096, LADDER[mesh.rank], Prediction(0.0, mesh.rank, 0.0, 0.0, 0.0, 0.0), True)
-    config = read(RLConfig, ["data.train_files=a", "actor_rollout_ref.model.path=m"]).config
-    prompts: Any = SimpleNamespace(prompts=[make_prompt(ids=range(3 + (others and mesh.rank)))])
-    report = RLReport(config, World(mesh.world, 1, mesh.world), choice=choice, train=prompts)
-    try:
-        choice = agree(report, mesh, {"data.train_files": fingerprint(report.train)}).choice
-    except ValueError as error:
-        return str(error)
-    return choice.recompute if choice else None
-
-
-def test_ranks_of_unequal_gpus_take_the_most_careful_plan_and_the_same_questions() -> None:
-    assert run_ranks(agreed, 2, False) == [LADDER[1]] * 2
-    assert all(
-        "data.train_files: rank 1 reads other rows than rank 0" in said
-        for said in run_ranks(agreed, 2, True)
     )

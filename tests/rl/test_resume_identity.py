@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from retool.preflight.identity import changes
+from retool.preflight.ranks.alike import unlike
+from retool.preflight.same_everywhere import shared_by_all
 from retool.rl.preflight.identity import fingerprint
 from tests.rl.conftest import make_prompt
 from tests.rl.test_preflight import ACTOR, check
@@ -126,3 +128,43 @@ def test_with_a_reference_its_weights_are_strict(work: Path, tmp_path: Path) -> 
             report.identity["the model's weights"].strict == strict
             and report.identity["questions"].strict
         )
+
+
+def test_ranks_compare_all_that_a_step_uses_of_a_row(work: Path, tmp_path: Path) -> None:
+    """Whatever isn't in the prompt too, but not where the row lies."""
+    report = check(work, tmp_path / "out", "trainer.device=cpu")
+    questions = report.train
+    assert questions is not None
+    first = questions.prompts[0]
+    assert "row" in first.extra_info
+
+    def among_others(**changed: Any) -> Any:
+        prompts = [replace(first, **changed), *questions.prompts[1:]]
+        return replace(report, train=replace(questions, prompts=prompts))
+
+    elsewhere = among_others(extra_info={**first.extra_info, "row": "elsewhere"})
+    assert elsewhere.fingerprints == report.fingerprints
+    for other in (among_others(extra_info={"level": 3}), among_others(row={"tests": "x"})):
+        assert other.fingerprints != report.fingerprints
+        (fault,) = unlike(["a", "b"], [shared_by_all(report), shared_by_all(other)])
+        assert fault.where == "data.train_files"
+
+
+def test_ranks_compare_what_a_reward_function_says(
+    work: Path, tmp_path: Path, reward: Path
+) -> None:
+    """At another path it may lie."""
+    named = "custom_reward_function.name=compute_score"
+    keys = ("trainer.device=cpu", "reward_model.name=null", named)
+    copies = [tmp_path / name / "judge.py" for name in "abc"]
+    for copy in copies:
+        copy.parent.mkdir()
+        copy.write_text(reward.read_text())
+    copies[2].write_text(reward.read_text().replace("1.0", "2.0"))
+    said = [
+        shared_by_all(check(work, tmp_path / "out", *keys, f"custom_reward_function.path={copy}"))
+        for copy in copies
+    ]
+    assert [*unlike(["a", "b"], said[:2])] == []
+    (fault,) = unlike(["a", "c"], [said[0], said[2]])
+    assert fault.where == "custom_reward_function.path" and "(on c)" in fault.problem

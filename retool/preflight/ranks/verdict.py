@@ -13,6 +13,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.distributed import DistError
 
 from retool.config import Fault
 from retool.parallel.meeting import meeting_place
+from retool.preflight.ranks.alike import Shared, unlike, who
 from retool.preflight.ranks.shared_folder import same_folder
 
 TIMEOUT = 1800.0  # seconds: another machine may still be reading its data
@@ -44,11 +46,13 @@ def verdict(
     show: Show,
     timeout_s: float = TIMEOUT,
     folder: Path | None = None,
+    shared: Sequence[Shared] = (),
 ) -> tuple[tuple[Fault, ...], Any]:
     """(the faults of all ranks, an object that keeps the store open until there is a process
     group).
 
-    Collective over the launcher's processes. `folder` must be the same one on all machines.
+    Collective over the launcher's processes. `folder` must be the same one on all machines, and
+    `shared` has what else must be alike.
 
     Where not all ranks have a fault, it says which. One rank shows them, before any other can end
     and have the launcher end all. A rank that can't meet the others shows its own faults, and that.
@@ -68,7 +72,8 @@ def verdict(
             # first one's verdict.
             meeting = PrefixStore(f"retool/preflight {next(_numbers)}", store)
             with _agreed_on(folder, meeting, rank) as missed:
-                return _exchange((*mine, *missed), meeting, rank, world, show), store
+                said = _Said((*mine, *missed), tuple(shared))
+                return _exchange(said, meeting, rank, world, show), store
     except (DistError, ValueError) as error:
         problem = f"can't meet the other ranks: {str(error).splitlines()[0]}."
         found = (*found, Fault(f"rank {rank}", problem, "See what they, or the launcher, said."))
@@ -85,31 +90,56 @@ def _agreed_on(
     return same_folder(folder, store, rank)
 
 
-def _exchange(
-    mine: Sequence[Fault], store: Store, rank: int, world: int, show: Show
-) -> tuple[Fault, ...]:
-    """Rank 0 collects, judges and shows; the others read what it found."""
-    store.set(
-        f"faults {rank}",
-        json.dumps([socket.gethostname(), [[f.where, f.problem, f.remedy] for f in mine]]),
+@dataclass(frozen=True)
+class _Said:
+    """What a rank says of itself: its faults, and what it must have in common with the others."""
+
+    faults: tuple[Fault, ...]
+    shared: tuple[Shared, ...]
+
+    def packed(self) -> str:
+        faults = [_parts(fault) for fault in self.faults]
+        shared = [[one.where, one.name, one.value, one.way_out] for one in self.shared]
+        return json.dumps([socket.gethostname(), faults, shared])
+
+
+def _unpacked(text: bytes) -> tuple[str, _Said]:
+    host, faults, shared = json.loads(text)
+    said = _Said(
+        tuple(Fault(*parts) for parts in faults), tuple(Shared(*parts) for parts in shared)
     )
+    return host, said
+
+
+def _parts(fault: Fault) -> list[str]:
+    return [fault.where, fault.problem, fault.remedy]
+
+
+def _exchange(mine: _Said, store: Store, rank: int, world: int, show: Show) -> tuple[Fault, ...]:
+    """Rank 0 collects, judges and shows; the others read what it found."""
+    store.set(f"faults {rank}", mine.packed())
     if rank > 0:
         found = [Fault(*parts) for parts in json.loads(store.get("verdict"))]
         store.add("read", 1)
         time.sleep(HEAD_START if found else 0)
         return tuple(found)
-    said = [json.loads(store.get(f"faults {r}")) for r in range(world)]
-    found = merge(
-        [host for host, _ in said], [[Fault(*parts) for parts in faults] for _, faults in said]
-    )
+    found = _judged([_unpacked(store.get(f"faults {r}")) for r in range(world)])
     if found:
         show(found)
-    store.set("verdict", json.dumps([[f.where, f.problem, f.remedy] for f in found]))
+    store.set("verdict", json.dumps([_parts(fault) for fault in found]))
     end = time.monotonic() + LINGER
     # Where the run goes on nobody needs to wait: the store stays open.
     while found and store.add("read", 0) < world - 1 and time.monotonic() < end:
         time.sleep(0.02)
     return found
+
+
+def _judged(said: Sequence[tuple[str, _Said]]) -> tuple[Fault, ...]:
+    """The faults of all ranks, and what they don't have in common. `said` is by rank."""
+    hosts = [host for host, _ in said]
+    faults = merge(hosts, [one.faults for _, one in said])
+    known = {fault.where.partition("=")[0].partition(" (")[0] for fault in faults}
+    return (*faults, *unlike(hosts, [one.shared for _, one in said], known))
 
 
 def met_before() -> bool:
@@ -126,13 +156,6 @@ def merge(hosts: Sequence[str], faults: Sequence[Sequence[Fault]]) -> tuple[Faul
     return tuple(
         fault
         if len(ranks) == len(hosts)
-        else Fault(f"{fault.where} ({_who(ranks, hosts)})", fault.problem, fault.remedy)
+        else Fault(f"{fault.where} ({who(ranks, hosts)})", fault.problem, fault.remedy)
         for fault, ranks in owners.items()
     )
-
-
-def _who(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    machines = list(dict.fromkeys(hosts[rank] for rank in ranks))
-    whole = all(rank in ranks for rank, host in enumerate(hosts) if host in machines)
-    numbers = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-    return f"on {', '.join(machines)}" if whole else f"{numbers} on {', '.join(machines)}"

@@ -73,14 +73,6 @@ def with_identity(report: RLReport) -> RLReport:
     return replace(report, identity={**found, **_objective(report)})
 
 
-def fingerprints(report: RLReport) -> dict[str, tuple[int | str, ...]]:
-    """What this rank's files hold: (questions, hash of their content)."""
-    return {
-        "data.train_files": fingerprint(report.train),
-        "data.val_files": fingerprint(report.val),
-    }
-
-
 def fingerprint(questions: Questions | None) -> tuple[int, str]:
     """(questions, hash of their tokens, of what their answers are judged by, and of their order)."""
     prompts = questions.prompts if questions else []

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from retool.config.options import RunOptions
 from retool.data.render.renderer import Renderer
-from retool.preflight.plan import RunReport, gpu_memory, setting_of
+from retool.preflight.identity import digest
+from retool.preflight.plan import Fingerprint, RunReport, gpu_memory, setting_of
 from retool.rl.agent.environments.load import EnvironmentSource
 from retool.rl.agent.loops.load import LoopSource
 from retool.rl.agent.reading.form import Format
@@ -29,6 +31,21 @@ class Questions:
 
     prompts: list[Prompt]
     said: PromptReport
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """(questions, hash of all that a step may use of them, in their order)."""
+        parts = (
+            part
+            for prompt in self.prompts
+            for part in (
+                prompt.ids.tobytes(),
+                prompt.data_source,
+                prompt.ground_truth,
+                _given_besides(prompt),
+            )
+        )
+        return len(self.prompts), digest(*parts)
 
 
 @dataclass(frozen=True)
@@ -78,6 +95,14 @@ class RLReport(RunReport):
         return prompts * self.config.trainer.total_epochs // self.config.data.train_batch_size
 
     @property
+    def fingerprints(self) -> dict[str, Fingerprint]:
+        splits = {"data.train_files": self.train, "data.val_files": self.val}
+        return {
+            key: (0, "") if questions is None else questions.fingerprint
+            for key, questions in splits.items()
+        }
+
+    @property
     def memory(self) -> StepMemory:
         """The memory of a step by phase, the engine's part included."""
         wanted = self.config.actor_rollout_ref
@@ -113,6 +138,12 @@ class RLReport(RunReport):
         """Optimizer steps in a step with a full batch."""
         actor = self.config.actor_rollout_ref.actor
         return -(-self.config.data.train_batch_size // actor.ppo_mini_batch_size) * actor.ppo_epochs
+
+
+def _given_besides(prompt: Prompt) -> str:
+    """What rewards, tools and environments are given of a row, but for where it lies."""
+    extra = {name: value for name, value in prompt.extra_info.items() if name != "row"}
+    return json.dumps([extra, dict(prompt.row)], default=str)
 
 
 def uses_reference(config: RLConfig) -> bool:
