@@ -23,6 +23,7 @@ WANTED = [
     "*.py",
 ]
 UNWANTED = ["original/*", "onnx/*", "*.onnx*"]
+ADAPTER = "adapter_config.json"  # peft's
 MAX_JSON_BYTES = 100 << 20  # a tokenizer.json has 10 or 20 MB
 
 
@@ -77,6 +78,20 @@ def read_json_object(path: Path) -> dict[str, Any]:
             f"{path} holds a {type(content).__name__}, not a JSON object. Fetch it again."
         )
     return content
+
+
+def require_no_adapter(folder: Path) -> None:
+    """ValueError where a folder holds a LoRA adapter, alone or beside weights that it may be part of."""
+    path = folder / ADAPTER
+    if not path.is_file():
+        return
+    base = read_json_object(path).get("base_model_name_or_path")
+    told = f" of {base}" if isinstance(base, str) and base.isprintable() and len(base) < 200 else ""
+    raise ValueError(
+        f"{folder} holds an adapter{told} ({ADAPTER}), and only whole models are read. Merge it, with "
+        f"peft's AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload(), and save "
+        f"that. If the weights beside it are merged already, take {ADAPTER} away."
+    )
 
 
 def eos_ids(folder: Path) -> tuple[int, ...]:

@@ -52,17 +52,27 @@ def test_fused_names_are_read_as_those_of_each_expert(tmp_path: Path, family: st
         assert torch.equal(shard(tmp_path, *place), wanted)
 
 
-def test_a_fused_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
+def test_a_fused_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
     make(tmp_path, "qwen3_moe")
     fuse(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     name = "model.layers.1.mlp.experts.down_proj"
-    state[name] = state[name].transpose(1, 2).contiguous()
-    save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(
-        ValueError, match=r"layers\.1\.mlp\.experts\.down_proj is \[8, 32, 48\], the model has"
-    ):
-        load_pretrained(tmp_path, make_mesh())
+    whole = state[name]
+    alone = "model.layers.1.mlp.experts.3.down_proj.weight"
+    wrong = {
+        r"layers\.1\.mlp\.experts\.down_proj is \[8, 32, 48\], the model has": {
+            name: whole.transpose(1, 2).contiguous()
+        },
+        r"layers\.1\.mlp\.experts\.down_proj is quantised \(int8\)": {name: whole.to(torch.int8)},
+        r"experts\.3\.down_proj\.weight is there twice: by itself, and in .*\.experts\.down_proj": {
+            name: whole,
+            alone: whole[3].clone(),
+        },
+    }
+    for told, tensors in wrong.items():
+        save_file(state | tensors, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=told):
+            load_pretrained(tmp_path, make_mesh())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

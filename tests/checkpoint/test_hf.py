@@ -17,6 +17,7 @@ from retool.checkpoint.flat.fill import load_flat
 from retool.checkpoint.format.safetensors import WeightsWriter, plan_files
 from retool.checkpoint.hf.side_files import copy_side_files, stop_at, with_dtype
 from retool.checkpoint.hf.weights import SafetensorsSource
+from retool.model.catalogue.families import read_model_config
 from retool.model.hub import UNWANTED, WANTED
 from retool.parallel.fsdp.layout import Layout, local_pieces, make_layout
 
@@ -118,6 +119,87 @@ def test_everything_that_does_not_fit_is_named_at_once(tmp_path: Path) -> None:
         match=r"block\.q\.bias \[4\] is missing; norm\.weight is \[5\], the model has \[4\]; block\.q\.extra is unexpected\.",
     ):
         load_flat(layout, 0, SafetensorsSource(tmp_path), torch.zeros(layout.shard_numel))
+
+
+def with_index(folder: Path, parts: dict[str, dict[str, torch.Tensor]], **places: str) -> None:
+    """Files of tensors, and an index that says where each is, but for what `places` says otherwise."""
+    weight_map = dict[str, str]()
+    for file, tensors in parts.items():
+        save_file({name: value.clone() for name, value in tensors.items()}, folder / file)
+        weight_map |= dict.fromkeys(tensors, file)
+    weight_map |= places
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_no_tensor_is_left_unread_without_a_word(tmp_path: Path) -> None:
+    """An index that belongs to other files would choose among them, or leave some out."""
+    one = torch.ones(2)
+    with_index(tmp_path, {"a.safetensors": {"w": one, "x": one}, "b.safetensors": {"x": one + 1}})
+    with pytest.raises(ValueError, match=r"a\.safetensors holds x, which .* doesn't place there"):
+        SafetensorsSource(tmp_path)
+    with_index(tmp_path, {"a.safetensors": {"x": one, "y": one, "z": one}}, y="b.safetensors")
+    with pytest.raises(ValueError, match=r"a\.safetensors holds y, which"):
+        SafetensorsSource(tmp_path)
+    with_index(tmp_path, {"a.safetensors": {"x": one}})
+    assert list(SafetensorsSource(tmp_path).names()) == ["x"]
+    save_file({"x": one + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"two sets of weights\. Take away"):
+        SafetensorsSource(tmp_path)
+    (tmp_path / "a.safetensors").unlink()
+    assert SafetensorsSource(tmp_path).read("x", 0, 2).tolist() == [2, 2], "an index left over"
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int32, torch.bool, torch.float8_e4m3fn]
+)
+def test_quantised_weights_are_refused_by_name(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Without their scales they would be other weights."""
+    weights = random_weights()
+    weights["block.k.weight"] = weights["block.k.weight"].to(dtype)
+    save_file(weights, tmp_path / "model.safetensors")
+    layout = small_layout(1)
+    with pytest.raises(
+        ValueError, match=r"block\.k\.weight is quantised .* before it was quantised"
+    ):
+        load_flat(layout, 0, SafetensorsSource(tmp_path), torch.zeros(layout.shard_numel))
+
+
+def test_a_mixture_of_plain_types_is_read(tmp_path: Path) -> None:
+    weights = random_weights(torch.bfloat16)
+    weights["block.k.weight"] = weights["block.k.weight"].half()
+    save_file(weights, tmp_path / "model.safetensors")
+    layout = small_layout(1)
+    flat = torch.zeros(layout.shard_numel)
+    load_flat(layout, 0, SafetensorsSource(tmp_path), flat)
+    found = gathered(layout, [flat])
+    assert all(torch.equal(found[name], weights[name].float()) for name in found)
+
+
+def test_names_within_a_wrapper_are_told(tmp_path: Path) -> None:
+    weights = {f"base_model.model.{name}": value for name, value in random_weights().items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    layout = small_layout(1)
+    with pytest.raises(ValueError, match=r"base_model\.model\. stands before each"):
+        load_flat(layout, 0, SafetensorsSource(tmp_path), torch.zeros(layout.shard_numel))
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    """transformers would apply it to the weights beside it."""
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    for read in (SafetensorsSource, read_model_config):
+        with pytest.raises(ValueError, match=r"holds an adapter of org/base .*merge_and_unload"):
+            read(tmp_path)
+    save_file(random_weights(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="take adapter_config"):
+        SafetensorsSource(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "x.gguf", "consolidated.safetensors"])
+def test_what_lies_in_the_place_of_weights_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"holds neither.*{name}"):
+        SafetensorsSource(tmp_path)
 
 
 def test_bad_folders_say_what_is_wrong(tmp_path: Path) -> None:

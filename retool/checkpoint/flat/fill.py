@@ -9,12 +9,14 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from retool.model.hf.names import HEAD
+from retool.model.hf.names import COMPUTED, HEAD
 from retool.parallel.fsdp.layout import Layout, Member, local_pieces
 
 # Elements copied at a time: bounds what a conversion of dtype or a move to the device holds at once
 CHUNK = 1 << 24
 THREADS = 4
+# What values may be stored in. Of another type they are quantised, and mean nothing without their scales.
+PLAIN = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
 class TensorSource(Protocol):
@@ -26,6 +28,10 @@ class TensorSource(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The whole tensor's shape."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype."""
         ...
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -129,24 +135,51 @@ def match_names(layout: Layout, source: TensorSource) -> dict[str, Found]:
     for _, member in layout.members:
         # Its own name before an alias: of a tied pair, files may hold either or both.
         name = next((each for each in names_of[member.name] if each in there), None)
-        if name is None and member.name in fused:
-            matched[member.name] = fused[member.name]
+        whole = fused.get(member.name)
+        if name is not None and whole is not None:
+            faults.append(f"{name} is there twice: by itself, and in {whole.name}")
+        elif whole is not None:
+            matched[member.name] = whole
         elif name is None:
             faults.append(f"{member.name} {list(member.shape)} is missing")
         elif source.shape(name) != member.shape:
             faults.append(_misshapen(name, source.shape(name), member))
+        elif source.dtype(name) not in PLAIN:
+            faults.append(_quantised(name, source))
         else:
             matched[member.name] = Found(name)
     known = {each for names in names_of.values() for each in names}
     known |= {name for name, _ in layout.fused}
     for name in sorted(there - known):
-        # Older exports hold the rotary frequencies, which the config gives.
-        if not name.endswith("rotary_emb.inv_freq"):
+        if not name.endswith(COMPUTED):
             faults.append(f"{name} is unexpected")
     if faults:
         head_is_missing = HEAD in names_of and HEAD not in matched
-        raise ValueError(_does_not_fit(source, faults, head_is_missing))
+        way_out = _way_out(faults, head_is_missing, _before(list(names_of), there))
+        raise ValueError(_does_not_fit(source, faults, way_out))
     return matched
+
+
+def _before(names: list[str], there: set[str]) -> str:
+    """What stands before each of the names where they are `there` under longer ones; else empty."""
+    longer = (name.removesuffix(names[0]) for name in there if name.endswith(names[0]))
+    return next((before for before in longer if all(before + name in there for name in names)), "")
+
+
+def _way_out(faults: list[str], head_is_missing: bool, before: str) -> str:
+    if any(" is quantised " in fault for fault in faults):
+        return "Give the model's folder as it was before it was quantised."
+    if before:
+        return (
+            f"The model is there under longer names: {before} stands before each. Save what the program "
+            "that wrote it has put its wrapper around."
+        )
+    way_out = "Check that the weights and config.json belong together."
+    if head_is_missing:
+        way_out += (
+            ' If the head is the embedding, config.json must say so: "tie_word_embeddings": true.'
+        )
+    return way_out
 
 
 def _fused_in(
@@ -164,21 +197,22 @@ def _fused_in(
             whole = (slot.shape[0] * unit.parts, *slot.shape[1:])
             if source.shape(name) != whole and slot.part == 0:
                 faults.append(f"{name} is {list(source.shape(name))}, the model has {list(whole)}")
+            elif source.dtype(name) not in PLAIN and slot.part == 0:
+                faults.append(_quantised(name, source))
             before = slot.part * slot.numel - slot.offset
             for member in slot.members:
                 found[member.name] = Found(name, before + member.offset)
     return found, faults
 
 
-def _does_not_fit(source: TensorSource, faults: list[str], head_is_missing: bool) -> str:
+def _does_not_fit(source: TensorSource, faults: list[str], way_out: str) -> str:
     listed = "; ".join(faults[:8])
     more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
-    way_out = "Check that the weights and config.json belong together."
-    if head_is_missing:
-        way_out += (
-            ' If the head is the embedding, config.json must say so: "tie_word_embeddings": true.'
-        )
     return f"{source} does not fit the model: {listed}{more}. {way_out}"
+
+
+def _quantised(name: str, source: TensorSource) -> str:
+    return f"{name} is quantised ({str(source.dtype(name)).removeprefix('torch.')})"
 
 
 def _misshapen(name: str, shape: tuple[int, ...], member: Member) -> str:

@@ -32,6 +32,13 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    # Only ever named: what is stored so isn't trained
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 HEADER_LIMIT = 100 << 20  # the format's own limit
@@ -104,7 +111,7 @@ def _entry(
     if name != shown(name):
         raise ValueError("a name that can't be printed")
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise ValueError(f"dtype {entry['dtype']} is not supported")
+        raise ValueError(f"dtype {entry['dtype']} is none that weights are trained in")
     shape = tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if len(shape) > MOST_DIMENSIONS:

@@ -28,7 +28,7 @@ from retool.model.families import (
     smollm3,
 )
 from retool.model.hf.fields import beside_text, has_own_code, shown
-from retool.model.hub import read_json_object
+from retool.model.hub import read_json_object, require_no_adapter
 from retool.model.layer_costs.cost import LayerCosts
 
 
@@ -73,6 +73,7 @@ def read_model_config(folder: str | Path) -> ModelConfig:
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
+        require_no_adapter(path.parent)
         way_out = _way_to_the_model(path.parent)
         raise ValueError(f"the model folder {folder} has no config.json. {way_out}")
     content = read_json_object(path)

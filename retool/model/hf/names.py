@@ -9,6 +9,8 @@ from retool.model.config import ModelConfig
 EMBEDDING = "model.embed_tokens.weight"
 LAYER = "model.layers.{}."
 FINAL_NORM = "model.norm.weight"
+# How names end of what the config gives: older exports hold the rotary frequencies
+COMPUTED = "rotary_emb.inv_freq"
 HEAD = "lm_head.weight"  # not stored where it is tied to the embedding
 
 
