@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from retool.engine.forward import Model, hidden_states
-from retool.engine.kernels.attention import Pages
+from retool.engine.kernels.pages import Pages
 from retool.engine.runner import Flight, Recordings, draw_rows, to_device
 from retool.engine.schedule.batch import Batch
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from retool.engine.forward import Model, draw, hidden_states, scored
-from retool.engine.kernels.attention import Pages
 from retool.engine.kernels.draws import Draws
 from retool.engine.kernels.kv_cache import in_any_order, located
+from retool.engine.kernels.pages import Pages
 from retool.engine.runner import Flight, Recordings, send_draws, to_device
 from retool.engine.schedule.batch import Batch, Change
 

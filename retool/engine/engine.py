@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from retool.engine.experts_cache import ExpertsCache, require_tellable
-from retool.engine.forward import make_model
+from retool.engine.forward import make_model, seen_by_layer
 from retool.engine.kernels.attention import choose_paged
 from retool.engine.kernels.kv_cache import KVCache
 from retool.engine.memory import (
@@ -204,18 +204,16 @@ class Engine:
         if self.experts is not None:
             self.experts.allocate(pages, self.page_size)
             cache.follower = self.experts.copy
-        head_dim = config.head_dim
-        # Those that reach across the longest sequence are none
-        windows = tuple(window if window < longest else 0 for window in config.windows)
+        seen = seen_by_layer(config, longest)
         kernels = choose_paged(
             self.device,
             dtype,
-            head_dim,
+            config.head_dim,
             self.page_size,
-            windowed=any(windows),
+            windowed=any(layer.window for layer in seen),
             capped=config.score_cap > 0,
         )
-        model = make_model(self.weights.decoder, cache, self.group, kernels, windows)
+        model = make_model(self.weights.decoder, cache, self.group, kernels, seen)
         width = scheduler.pool.pages_for(scheduler.max_length)
         self._worker = Worker(model, options, width)
         self._pipeline = Pipeline(scheduler, self._worker, options)

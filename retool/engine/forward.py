@@ -22,13 +22,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from retool.engine.experts_cache import ExpertsCache
-from retool.engine.kernels.attention import Pages, paged_attention
+from retool.engine.kernels.attention import paged_attention
 from retool.engine.kernels.draws import Draws
 from retool.engine.kernels.kv_cache import KVCache, in_any_order
+from retool.engine.kernels.pages import Pages, Seen
 from retool.engine.kernels.place import can_place, place
 from retool.engine.kernels.sampling import sample
 from retool.model.block import Block
 from retool.model.compile import compiled_pieces, unviewed
+from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder
 from retool.model.logits import capped, product, workspace
 from retool.model.rope import Frequencies, frequencies, rope_tables
@@ -49,8 +51,7 @@ class Model:
     """What every forward needs, the same from step to step.
 
     `kernels`: which attention. `fused`: rope and the cache's writes are one kernel. `experts`: where
-    the layers' choices are kept. `windows`: of each layer, how many tokens a query sees, 0 for all;
-    () where none has one.
+    the layers' choices are kept. `seen`: what each layer's queries see.
     """
 
     decoder: Decoder
@@ -62,7 +63,15 @@ class Model:
     pieces: Pieces
     fused: bool
     experts: ExpertsCache | None
-    windows: tuple[int, ...]
+    seen: tuple[Seen, ...]
+
+
+def seen_by_layer(config: ModelConfig, longest: int) -> tuple[Seen, ...]:
+    """What each layer's queries see, in sequences of up to `longest` tokens. A window that reaches across
+    such a one is none.
+    """
+    windows = [config.window(layer) for layer in range(config.layers)]
+    return tuple(Seen(n if n < longest else 0, config.score_cap) for n in windows)
 
 
 def make_model(
@@ -70,7 +79,7 @@ def make_model(
     cache: KVCache,
     group: dist.ProcessGroup | None,
     kernels: str,
-    windows: tuple[int, ...],
+    seen: tuple[Seen, ...],
 ) -> Model:
     device = cache.data.device
     plan = decoder.execution.plan
@@ -95,7 +104,7 @@ def make_model(
         pieces=pieces,
         fused=fused,
         experts=watch if isinstance(watch, ExpertsCache) else None,
-        windows=windows,
+        seen=seen,
     )
 
 
@@ -142,9 +151,7 @@ def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pa
     heads = model.pieces.projected(layers[0], x_tD)
     for number, block in enumerate(layers):
         query = _placed(model, number, block, heads, *tables[number], pages)
-        window = model.windows[number] if model.windows else 0
-        cap = model.decoder.config.score_cap
-        out = paged_attention(query, model.cache, number, pages, model.kernels, window, cap)
+        out = paged_attention(query, model.cache, number, pages, model.kernels, model.seen[number])
         received = all_to_all(out.flatten(), *plan.to_sequence(t), model.group)
         a_tE = join_heads(received, plan).flatten(1)
         # As far as the next block's projection in one piece: a sum and its norm are one kernel

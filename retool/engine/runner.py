@@ -16,8 +16,8 @@ from torch import Tensor
 
 from retool.batch import to_device as tensor_to_device
 from retool.engine.forward import Model, draw, hidden_states
-from retool.engine.kernels.attention import Pages
 from retool.engine.kernels.draws import Draws
+from retool.engine.kernels.pages import Pages
 from retool.engine.schedule.batch import Batch
 from retool.parallel.streams import start_copy_to_host
 

@@ -10,8 +10,9 @@ from itertools import accumulate
 import pytest
 import torch
 
-from retool.engine.kernels.attention import Pages, paged_attention
+from retool.engine.kernels.attention import paged_attention
 from retool.engine.kernels.kv_cache import KVCache
+from retool.engine.kernels.pages import Keys, Pages, Seen
 from tests.interpreter import interpreted
 
 CPU = torch.device("cpu")
@@ -42,7 +43,7 @@ def compare() -> None:
     heads, one to four kv heads in a program, queries that lie apart.
     """
     from retool.engine.kernels import attention_triton as kernels
-    from retool.engine.kernels.chunks_triton import chunk_rows
+    from retool.engine.kernels.chunks_triton import Chunks, chunk_rows
 
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor(LENGTHS, dtype=torch.int32)
@@ -62,14 +63,15 @@ def compare() -> None:
         kernels.TARGET_PROGRAMS = programs
         kernels.LONG = 200 if (number + number // 4) % 2 else 1 << 20
         # Windows within a block, over several, and longer than most sequences
-        seen = next(specials)
+        seen = Seen(*next(specials))
         cache, tables = layer_of(kv_heads, dim, dtype, generator)
         query = torch.randn(len(LENGTHS), heads + 3, dim, generator=generator).to(dtype)[:, :heads]
-        found = kernels.decode_rows(query, cache.data[0], tables, lengths, *seen)
+        keys = Keys(tables, lengths)
+        found = kernels.decode_rows(query, cache.data[0], keys, seen)
         exact = KVCache((1, 256, kv_heads, dim), 14, torch.float64, CPU)
         exact.data.copy_(cache.data.nan_to_num())
         pages = Pages(torch.zeros(1), tables, lengths, len(LENGTHS))
-        want = paged_attention(query.double(), exact, 0, pages, "torch", *seen)
+        want = paged_attention(query.double(), exact, 0, pages, "torch", seen)
         error = (found - want).norm(dim=-1) / want.norm(dim=-1)
         assert float(error.max()) < (1e-6 if dtype == torch.float32 else 1e-3), (
             heads,
@@ -77,13 +79,15 @@ def compare() -> None:
             dim,
             programs,
         )
-        alone = kernels.decode_rows(query, cache.data[0], tables[[3] * 6], lengths[[3] * 6], *seen)
+        alone = kernels.decode_rows(
+            query, cache.data[0], Keys(tables[[3] * 6], lengths[[3] * 6]), seen
+        )
         assert torch.equal(alone[3], found[3]), (
             "a sequence's numbers don't depend on the others' lengths"
         )
         offsets = torch.tensor([0, *accumulate(COUNTS)], dtype=torch.int32)
         query = torch.randn(sum(COUNTS), heads + 3, dim, generator=generator).to(dtype)[:, :heads]
-        found = chunk_rows(query, cache.data[0], tables, lengths, offsets, 384, *seen)
+        found = chunk_rows(query, cache.data[0], Chunks(keys, offsets, 384), seen)
         pages = Pages(
             torch.zeros(1),
             tables[:5],
@@ -94,7 +98,7 @@ def compare() -> None:
             tuple(COUNTS[:5]),
             tuple(LENGTHS[:5]),
         )
-        want = paged_attention(query.double(), exact, 0, pages, "torch", *seen)
+        want = paged_attention(query.double(), exact, 0, pages, "torch", seen)
         error = (found - want).norm(dim=-1) / want.norm(dim=-1)
         assert float(error.max()) < (5e-6 if dtype == torch.float32 else 2e-3), (
             heads,

@@ -14,9 +14,10 @@ import torch
 
 from retool.engine import Engine, EngineOptions, SamplingParams, TurnDone, forward
 from retool.engine import engine as engine_module
-from retool.engine.kernels.attention import Pages, choose_paged, paged_attention, paged_error
+from retool.engine.kernels.attention import choose_paged, paged_attention, paged_error
 from retool.engine.kernels.draws import Draws, seed_key
 from retool.engine.kernels.kv_cache import KVCache
+from retool.engine.kernels.pages import Pages
 from retool.engine.kernels.place import can_place
 from retool.engine.kernels.sampling import sample
 from retool.model.attention.dispatch import choose_backend, kernel_error

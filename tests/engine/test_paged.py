@@ -20,7 +20,7 @@ def test_paged_kernels_that_compute_wrongly_are_found_out(
 ) -> None:
     def kernel(number: int) -> paged.Kernel:
         right = paged.KERNELS["torch"][number]
-        return lambda q, data, pages: right(q, data, pages) * (0.5 if number == wrong else 1)
+        return lambda *given: right(*given) * (0.5 if number == wrong else 1)
 
     monkeypatch.setitem(paged.KERNELS, "flash", (kernel(0), kernel(1)))
     error = paged.paged_error.__wrapped__("flash", *INPUTS)
@@ -34,8 +34,10 @@ def test_a_kernel_that_mixes_up_the_heads_of_split_sequences_is_found_out(
     item of one key, is right.
     """
 
-    def mixed_up(q: torch.Tensor, data: torch.Tensor, pages: paged.Pages) -> torch.Tensor:
-        right = paged._torch_decode(q, data, pages)
+    def mixed_up(
+        q: torch.Tensor, data: torch.Tensor, pages: paged.Pages, seen: paged.Seen
+    ) -> torch.Tensor:
+        right = paged._torch_decode(q, data, pages, seen)
         return torch.where(pages.lengths[: pages.decode, None, None] > 16, right.flip(1), right)
 
     monkeypatch.setitem(paged.KERNELS, "flash", (paged._torch_chunks, mixed_up))
@@ -98,7 +100,7 @@ def test_windows_over_pages_equal_attention_over_what_they_show(
         each_alone=each_alone,
     )
     query = torch.randn(2 if each_alone else 2 + count, 4, 8, generator=generator).double()
-    found = paged.paged_attention(query, cache, 0, pages, "torch", window)
+    found = paged.paged_attention(query, cache, 0, pages, "torch", paged.Seen(window))
     ends = [(0, 40), (1, 20), *((2, 45 - count + i + 1) for i in range(count))]
     for row, (item, end) in zip(range(len(query)), ends, strict=False):
         seen = cache.data[0, tables[item]].flatten(0, 1)[max(0, end - window) : end]

@@ -28,7 +28,8 @@ from retool.engine import worker as worker_module
 from retool.engine.chunks import Chunks
 from retool.engine.decode import DecodeLoop
 from retool.engine.kernels import attention
-from retool.engine.kernels.attention import Pages, _attend, _gathered
+from retool.engine.kernels.attention import _attend, _gathered
+from retool.engine.kernels.pages import Pages, Seen
 from retool.engine.schedule import ahead as ahead_module
 from retool.engine.schedule.batch import Change
 from retool.model.catalogue.families import read_model_config
@@ -38,7 +39,7 @@ from tests.model.tiny import make
 from tests.ranks import run_ranks
 
 
-def chunks_kernel(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
+def chunks_kernel(q_TNH: Tensor, data: Tensor, pages: Pages, seen: Seen) -> Tensor:
     """What `flash_attn_varlen_func` computes over pages: the last queries of each item, causal.
 
     It breaks where a query has no key.
@@ -55,7 +56,8 @@ def chunks_kernel(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
         if stop > start:
             assert len(table) * data.shape[1] >= length
             keys = _gathered(data, table[None, : -(-length // data.shape[1])])[:, :length]
-            out[start:stop] = _attend(q_TNH[None, start:stop], keys, torch.tensor([length]))[0]
+            lengths = torch.tensor([length])
+            out[start:stop] = _attend(q_TNH[None, start:stop], keys, lengths, seen)[0]
     return out
 
 

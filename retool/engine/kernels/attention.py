@@ -23,10 +23,8 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +32,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from retool.engine.kernels.kv_cache import KVCache
+from retool.engine.kernels.pages import ALL, Pages, Seen
 from retool.model.attention.dispatch import TRUSTED, tried
 
 # Of a chunk, in torch's attention: the mask has as many bytes as they have keys, per query head
@@ -43,40 +42,8 @@ MAX_GATHERED_BYTES = 1 << 29  # of keys and values, in torch's attention of sing
 ON_GPU = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-class Seen(NamedTuple):
-    """What `paged_attention` needs to know of a layer: its window and its cap."""
-
-    window: int = 0
-    cap: float = 0.0
-
-
-WHOLE = Seen()
 TRIED = Seen(window=50, cap=2.0)  # with which kernels are tried
-
-
-@dataclass(frozen=True)
-class Pages:
-    """Where a step's tokens are and what they see. Items are in order, decode items first.
-
-    Of tokens: `slots` int64 [T], where their KV goes. Of items: `tables` int32 [S, W], `lengths`
-    int32 [S] with the new tokens. The first `decode` of them are decode items.
-
-    Of the chunk items alone: `offsets` int32 [chunks + 1] of their queries, `key_offsets` of their
-    keys, and on the host `counts` of new tokens and `host_lengths`.
-
-    `each_alone`: no item's numbers may depend on another one's length; torch then needs the decode
-    items' `host_lengths`.
-    """
-
-    slots: Tensor
-    tables: Tensor
-    lengths: Tensor
-    decode: int
-    offsets: Tensor | None = None
-    key_offsets: Tensor | None = None
-    counts: tuple[int, ...] = ()
-    host_lengths: tuple[int, ...] = ()
-    each_alone: bool = False
+NOT_ASKED = "flash-attn's paged kernels aren't asked for windows and caps"
 
 
 def choose_paged(
@@ -141,7 +108,7 @@ def paged_error(
     dtype: torch.dtype,
     head_dim: int,
     page_size: int,
-    seen: Seen | None = None,
+    seen: Seen = ALL,
 ) -> float:
     """Relative error (L2, root mean square over query heads) of paged kernels on a small step of
     random numbers, against torch's attention in fp32: about 0.005 in bf16; infinite where they
@@ -168,59 +135,45 @@ def paged_error(
         counts=(count,),
         host_lengths=lengths[2:],
     )
-    seen = seen or WHOLE
     out = tried(
-        lambda: paged_attention(query, cache, 0, pages, kernels, *seen).float(),
+        lambda: paged_attention(query, cache, 0, pages, kernels, seen).float(),
         f"the paged kernels {kernels!r} fail here",
     )
     if out is None:
         return math.inf
-    wanted = paged_attention(query.float(), exact, 0, pages, "torch", *seen)
+    wanted = paged_attention(query.float(), exact, 0, pages, "torch", seen)
     # Each counts alike: those of few keys are much larger numbers
     errors = (out - wanted).norm(dim=-1) / wanted.norm(dim=-1)
     return float(errors.square().mean().sqrt())
 
 
 def paged_attention(
-    q_TNH: Tensor,
-    cache: KVCache,
-    layer: int,
-    pages: Pages,
-    kernels: str,
-    window: int = 0,
-    cap: float = 0.0,
+    q_TNH: Tensor, cache: KVCache, layer: int, pages: Pages, kernels: str, seen: Seen = ALL
 ) -> Tensor:
     """out [T, N, H] by one of `KERNELS`.
 
-    Query head n reads kv head n // G; scores are scaled by 1/sqrt(H). `window`: how many tokens a
-    query sees, itself the last of them; 0 means all before it. `cap`: scaled scores s become cap ·
-    tanh(s / cap); 0 leaves them.
+    Query head n reads kv head n // G; scores are scaled by 1/sqrt(H).
     """
     chunk, decode = KERNELS[kernels]
-    if window or cap:
-        assert kernels != "flash", "flash-attn's paged kernels aren't asked for windows and caps"
-        seen = Seen(window, cap)
-        chunk = partial(chunk, seen=seen)
-        decode = partial(decode, seen=seen)
     data = cache.data[layer]
     if not pages.counts:
-        return decode(q_TNH, data, pages)
+        return decode(q_TNH, data, pages, seen)
     if pages.decode == 0:
-        return chunk(q_TNH, data, pages)
-    of_decode = decode(q_TNH[: pages.decode], data, pages)
-    of_chunks = chunk(q_TNH[pages.decode :], data, pages)
+        return chunk(q_TNH, data, pages, seen)
+    of_decode = decode(q_TNH[: pages.decode], data, pages, seen)
+    of_chunks = chunk(q_TNH[pages.decode :], data, pages, seen)
     return torch.cat([of_decode, of_chunks])
 
 
 # ── fused
 
 
-def _flash_decode(q_DNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
+def _flash_decode(q_DNH: Tensor, data: Tensor, pages: Pages, seen: Seen) -> Tensor:
     from flash_attn import flash_attn_with_kvcache
 
+    assert seen == ALL, NOT_ASKED
     keys, values = data.chunk(2, 2)
-    tables = pages.tables[: pages.decode]
-    lengths = pages.lengths[: pages.decode]
+    tables, lengths = pages.of_decode()
     # By itself it splits long sequences by what else is in the batch
     splits = 1 if pages.each_alone else 0
     out = flash_attn_with_kvcache(
@@ -235,9 +188,10 @@ def _flash_decode(q_DNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
     return out[:, 0]  # pyright: ignore[reportIndexIssue]
 
 
-def _flash_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
+def _flash_chunks(q_TNH: Tensor, data: Tensor, pages: Pages, seen: Seen) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
+    assert seen == ALL, NOT_ASKED
     keys, values = data.chunk(2, 2)
     longest = max(pages.host_lengths)
     return flash_attn_varlen_func(  # pyright: ignore[reportReturnType]
@@ -249,36 +203,28 @@ def _flash_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
         max(pages.counts),
         longest,
         causal=True,
-        block_table=pages.tables[pages.decode :],
+        block_table=pages.of_chunks().tables,
     )
 
 
-def _triton_decode(q_DNH: Tensor, data: Tensor, pages: Pages, seen: Seen = WHOLE) -> Tensor:
+def _triton_decode(q_DNH: Tensor, data: Tensor, pages: Pages, seen: Seen) -> Tensor:
     from retool.engine.kernels.attention_triton import decode_rows
 
-    tables = pages.tables[: pages.decode]
-    return decode_rows(q_DNH, data, tables, pages.lengths[: pages.decode], *seen)
+    return decode_rows(q_DNH, data, pages.of_decode(), seen)
 
 
-def _triton_chunks(q_TNH: Tensor, data: Tensor, pages: Pages, seen: Seen = WHOLE) -> Tensor:
-    from retool.engine.kernels.chunks_triton import chunk_rows
+def _triton_chunks(q_TNH: Tensor, data: Tensor, pages: Pages, seen: Seen) -> Tensor:
+    from retool.engine.kernels.chunks_triton import Chunks, chunk_rows
 
     assert pages.offsets is not None
-    return chunk_rows(
-        q_TNH,
-        data,
-        pages.tables[pages.decode :],
-        pages.lengths[pages.decode :],
-        pages.offsets,
-        max(pages.counts),
-        *seen,
-    )
+    chunks = Chunks(pages.of_chunks(), pages.offsets, max(pages.counts))
+    return chunk_rows(q_TNH, data, chunks, seen)
 
 
 # ── torch
 
 
-def _attend(q_SCNH: Tensor, kv_SLJH: Tensor, lengths_S: Tensor, seen: Seen = WHOLE) -> Tensor:
+def _attend(q_SCNH: Tensor, kv_SLJH: Tensor, lengths_S: Tensor, seen: Seen) -> Tensor:
     """Queries are the last C positions of each sequence, of which only the first `lengths` keys
     exist; each sees `seen.window` of them (0: all before it). → [S, C, N, H]
 
@@ -319,35 +265,28 @@ def _gathered(data: Tensor, tables_SW: Tensor) -> Tensor:
     return data.index_select(0, tables_SW.flatten()).view(len(tables_SW), -1, *data.shape[2:])
 
 
-def _torch_decode(q_DNH: Tensor, data: Tensor, pages: Pages, seen: Seen = WHOLE) -> Tensor:
-    tables = pages.tables[: pages.decode]
-    lengths = pages.lengths[: pages.decode]
+def _torch_decode(q_DNH: Tensor, data: Tensor, pages: Pages, seen: Seen) -> Tensor:
     if pages.each_alone and pages.host_lengths:
-        return _torch_decode_alone(q_DNH, data, tables, lengths, pages.host_lengths, seen)
+        return _torch_decode_alone(q_DNH, data, pages, seen)
+    tables, lengths = pages.of_decode()
     rows = max(1, MAX_GATHERED_BYTES // (tables.shape[1] * data[0].nbytes))
     parts = zip(q_DNH.split(rows), tables.split(rows), lengths.split(rows), strict=True)
     outs = [_attend(q[:, None], _gathered(data, table), length, seen) for q, table, length in parts]
     return torch.cat([out[:, 0] for out in outs])
 
 
-def _torch_decode_alone(
-    q_DNH: Tensor,
-    data: Tensor,
-    tables: Tensor,
-    lengths: Tensor,
-    host_lengths: tuple[int, ...],
-    seen: Seen,
-) -> Tensor:
+def _torch_decode_alone(q_DNH: Tensor, data: Tensor, pages: Pages, seen: Seen) -> Tensor:
     """Item after item, each over its own keys and no more."""
     rows = []
-    for i, length in enumerate(host_lengths):
-        pages = -(-length // data.shape[1])
-        kv = _gathered(data, tables[i : i + 1, :pages])[:, :length]
-        rows.append(_attend(q_DNH[i : i + 1, None], kv, lengths[i : i + 1], seen)[:, 0])
+    for i, length in enumerate(pages.host_lengths):
+        item = slice(i, i + 1)
+        used = -(-length // data.shape[1])
+        kv = _gathered(data, pages.tables[item, :used])[:, :length]
+        rows.append(_attend(q_DNH[item, None], kv, pages.lengths[item], seen)[:, 0])
     return torch.cat(rows)
 
 
-def _torch_chunks(q_TNH: Tensor, data: Tensor, pages: Pages, seen: Seen = WHOLE) -> Tensor:
+def _torch_chunks(q_TNH: Tensor, data: Tensor, pages: Pages, seen: Seen) -> Tensor:
     rows = []
     start = 0
     for i, (count, length) in enumerate(zip(pages.counts, pages.host_lengths, strict=True)):
@@ -366,9 +305,8 @@ def _torch_chunks(q_TNH: Tensor, data: Tensor, pages: Pages, seen: Seen = WHOLE)
     return torch.cat(rows)
 
 
-# (queries, a layer of the cache, pages, and `seen` where the layer has a window or a cap) → like the
-# queries
-Kernel = Callable[..., Tensor]
+# (queries, a layer of the cache, pages, seen) → like the queries
+Kernel = Callable[[Tensor, Tensor, Pages, Seen], Tensor]
 KERNELS: dict[str, tuple[Kernel, Kernel]] = {  # for chunks, for single tokens
     "triton": (_triton_chunks, _triton_decode),
     "flash": (_flash_chunks, _flash_decode),

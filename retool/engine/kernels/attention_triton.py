@@ -33,8 +33,9 @@ import triton.language as tl
 from torch import Tensor
 
 from retool.engine.kernels.kv_cache import HEAD_DIMS
+from retool.engine.kernels.pages import Keys, Seen
 
-BLOCK = 64  # keys at a time: within a page
+BLOCK = tl.constexpr(64)  # keys at a time: within a page
 LOWEST = tl.constexpr(-1e30)  # below every score
 TARGET_PROGRAMS = 512  # about so many parts in all: more of them only cost more to join
 FULL_PROGRAMS = 256  # two for each multiprocessor: with blocks enough under way no part is needed
@@ -86,7 +87,6 @@ def folded(scores, scale, v, largest, total, result, MAY_SEE_NONE: tl.constexpr)
 def _cut(
     length,
     window,
-    BLOCK: tl.constexpr,
     FEWEST: tl.constexpr,
     PARTS: tl.constexpr,
     LONG: tl.constexpr,
@@ -122,13 +122,11 @@ def _attention_kernel(
     bend,
     window,
     HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     TOGETHER: tl.constexpr,
     QUERIES: tl.constexpr,
     DIM: tl.constexpr,
     PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
     FEWEST: tl.constexpr,
     PARTS: tl.constexpr,
     LONG: tl.constexpr,
@@ -139,7 +137,7 @@ def _attention_kernel(
     head = tl.program_id(1) * TOGETHER
     part = tl.program_id(2)
     length = tl.load(lengths_ptr + row)
-    begin, blocks, parts = _cut(length, window, BLOCK, FEWEST, PARTS, LONG, WINDOW)
+    begin, blocks, parts = _cut(length, window, FEWEST, PARTS, LONG, WINDOW)
     if part >= parts:
         return
     each = tl.cdiv(blocks - begin, parts)
@@ -171,7 +169,7 @@ def _attention_kernel(
             seen = seen & (start + keys >= length - window)
         k = tl.load(token)
         # What was never written may be no number
-        v = tl.load(token + KV_HEADS * DIM, seen[:, None], other=0.0)
+        v = tl.load(token + HEADS // GROUP * DIM, seen[:, None], other=0.0)
         scores = bent(tl.dot(q, tl.trans(k)), bend, CAP)
         scores = tl.where(seen[None, :], scores, -float("inf"))
         largest, total, result = folded(scores, scale, v, largest, total, result, False)
@@ -197,7 +195,6 @@ def _joined_kernel(
     window,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
     FEWEST: tl.constexpr,
     PARTS: tl.constexpr,
     LONG: tl.constexpr,
@@ -205,7 +202,7 @@ def _joined_kernel(
 ):
     at = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths_ptr + at // HEADS)
-    _, _, parts = _cut(length, window, BLOCK, FEWEST, PARTS, LONG, WINDOW)
+    _, _, parts = _cut(length, window, FEWEST, PARTS, LONG, WINDOW)
     lanes = tl.arange(0, DIM)
     part = tl.arange(0, PARTS)
     # A single part was the result
@@ -222,7 +219,7 @@ def _joined_kernel(
 
 def fits(head_dim: int, page_size: int) -> bool:
     """Whether the kernels can take these shapes."""
-    return head_dim in HEAD_DIMS and page_size % BLOCK == 0
+    return head_dim in HEAD_DIMS and page_size % BLOCK.value == 0
 
 
 def heads_together(kv_heads: int, group: int, dim: int) -> int:
@@ -273,27 +270,22 @@ def scales(dim: int, cap: float) -> tuple[float, float]:
     return math.log2(math.e) / math.sqrt(dim), 0.0
 
 
-def decode_rows(
-    q_DNH: Tensor,
-    data: Tensor,
-    tables_DW: Tensor,
-    lengths_D: Tensor,
-    window: int = 0,
-    cap: float = 0.0,
-) -> Tensor:
-    """out [D, N, H] of a query per sequence over the first `lengths` (at least 1) keys on its pages.
+def decode_rows(q_DNH: Tensor, data: Tensor, keys: Keys, seen: Seen) -> Tensor:
+    """out [D, N, H] of a query per sequence over its keys, at least one.
 
-    `data` is a layer of the cache, [pages, P, J, H]. `window` and `cap` are those of
-    `paged_attention`. A sequence's numbers depend on how many the others are, not on their lengths.
+    `data` is a layer of the cache, [pages, P, J, H]. A sequence's numbers depend on how many the
+    others are, not on their lengths.
     """
+    tables_DW, lengths_D = keys
+    window, cap = seen
     rows, heads, dim = q_DNH.shape
     kv_heads = data.shape[2] // 2
     group = heads // kv_heads
     together = heads_together(kv_heads, group, dim)
     deep = may_be_deep(data.device, together * dim)
     fewest, pipeline = reading(rows * kv_heads // together, deep)
-    keys = tables_DW.shape[1] * data.shape[1]
-    parts = most_parts(fewest, min(keys, window) if window else keys)
+    most = tables_DW.shape[1] * data.shape[1]
+    parts = most_parts(fewest, min(most, window) if window else most)
     out = torch.empty(rows, heads, dim, dtype=q_DNH.dtype, device=q_DNH.device)
     # A single part is the result
     found = out
@@ -316,13 +308,11 @@ def decode_rows(
         *scales(dim, cap),
         window,
         HEADS=heads,
-        KV_HEADS=kv_heads,
         GROUP=group,
         TOGETHER=together,
         QUERIES=max(16, triton.next_power_of_2(group)),
         DIM=dim,
         PAGE=data.shape[1],
-        BLOCK=BLOCK,
         FEWEST=fewest,
         PARTS=parts,
         LONG=LONG,
@@ -340,7 +330,6 @@ def decode_rows(
             window,
             HEADS=heads,
             DIM=dim,
-            BLOCK=BLOCK,
             FEWEST=fewest,
             PARTS=parts,
             LONG=LONG,

@@ -10,12 +10,15 @@ page · W pages of the longest sequence · H head dim.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from retool.engine.kernels.attention_triton import BLOCK, bent, folded, scales
+from retool.engine.kernels.pages import Keys, Seen
 
 # Queries at a time and warps, for heads up to so wide
 CHUNK_TILES = {128: (64, 4), 256: (32, 8)}
@@ -37,12 +40,10 @@ def _chunk_kernel(
     bend,
     window,
     HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
     CAP: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
@@ -83,7 +84,7 @@ def _chunk_kernel(
         )
         scores = bent(tl.dot(q, tl.trans(tl.load(token))), bend, CAP)
         largest, total, result = folded(
-            scores, scale, tl.load(token + KV_HEADS * DIM), largest, total, result, False
+            scores, scale, tl.load(token + HEADS // GROUP * DIM), largest, total, result, False
         )
     for start in range(common, length - count + tl.minimum((tile + 1) * TILE, count), BLOCK):
         token = (
@@ -91,7 +92,7 @@ def _chunk_kernel(
             + tl.load(table + start // PAGE).to(tl.int64) * page_stride
             + start % PAGE * token_stride
         )
-        v = tl.load(token + KV_HEADS * DIM, (start + keys < length)[:, None], other=0.0)
+        v = tl.load(token + HEADS // GROUP * DIM, (start + keys < length)[:, None], other=0.0)
         seen = start + keys[None, :] <= position[:, None]
         if WINDOW:
             seen = seen & (start + keys[None, :] > position[:, None] - window)
@@ -102,26 +103,28 @@ def _chunk_kernel(
     tl.store(out, (result / total[:, None]).to(out_ptr.dtype.element_ty), real[:, None])
 
 
-def chunk_rows(
-    q_TNH: Tensor,
-    data: Tensor,
-    tables_SW: Tensor,
-    lengths_S: Tensor,
-    offsets: Tensor,
-    longest: int,
-    window: int = 0,
-    cap: float = 0.0,
-) -> Tensor:
-    """out [T, N, H] of chunks, causal; `window` and `cap` as in `decode_rows`.
-
-    A chunk's queries lie at `offsets` [S + 1], and are the last of their sequence's `lengths` keys.
-    No chunk is longer than `longest`; what belongs to none isn't written.
+class Chunks(NamedTuple):
+    """Chunks' queries lie at `offsets` int32 [S + 1], and are the last of their sequence's `keys`. None is
+    longer than `longest`.
     """
+
+    keys: Keys
+    offsets: Tensor
+    longest: int
+
+
+def chunk_rows(q_TNH: Tensor, data: Tensor, chunks: Chunks, seen: Seen) -> Tensor:
+    """out [T, N, H], causal. What belongs to no chunk isn't written.
+
+    `data` is a layer of the cache, [pages, P, J, H].
+    """
+    tables_SW, lengths_S = chunks.keys
+    window, cap = seen
     tokens, heads, dim = q_TNH.shape
     kv_heads = data.shape[2] // 2
     out = torch.empty(tokens, heads, dim, dtype=q_TNH.dtype, device=q_TNH.device)
     tile, warps = next(config for widest, config in CHUNK_TILES.items() if dim <= widest)
-    _chunk_kernel[(triton.cdiv(longest, tile), len(tables_SW), heads)](
+    _chunk_kernel[(triton.cdiv(chunks.longest, tile), len(tables_SW), heads)](
         q_TNH,
         q_TNH.stride(0),
         data,
@@ -129,18 +132,16 @@ def chunk_rows(
         data.stride(1),
         tables_SW,
         tables_SW.stride(0),
-        offsets,
+        chunks.offsets,
         lengths_S,
         out,
         *scales(dim, cap),
         window,
         HEADS=heads,
-        KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,
         DIM=dim,
         PAGE=data.shape[1],
         TILE=tile,
-        BLOCK=BLOCK,
         CAP=cap > 0,
         WINDOW=window > 0,
         num_warps=warps,
