@@ -100,6 +100,17 @@ def test_quoted_commands_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert count > 20
 
 
+FIGURE = re.compile(r"(?<![\w.,])\d+(?:[.,]\d+)+(?![\w.]*\d)")
+
+
+def test_every_figure_that_the_readme_measured_is_in_the_results() -> None:
+    readme = (ROOT / "README.md").read_text()
+    measured = readme.split("\n## Measured\n")[1].split("\n## ")[0]
+    assert len(found := FIGURE.findall(measured)) > 40
+    known = set(FIGURE.findall((BENCHMARKS / "RESULTS.md").read_text()))
+    assert not [figure for figure in found if figure not in known]
+
+
 @pytest.mark.parametrize(
     ("name", "words", "why"),
     [
