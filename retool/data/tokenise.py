@@ -25,6 +25,7 @@ from retool.data.read.rows import (
     undeclared_calls,
 )
 from retool.data.render.renderer import Renderer
+from retool.data.template.completeness import unread_fields
 from retool.data.template.time_and_memory import OutOfBounds, bounded
 from retool.data.tokens.bounds import stuck_ends_process
 from retool.processes import Spawn
@@ -42,6 +43,7 @@ SUMMED = (
     "masked_outputs",
     "undeclared_calls",
     "switched_off",
+    "unread_fields",
     "quoting",
 )
 TOO_SLOW = (
@@ -109,6 +111,7 @@ class DatasetReport:
     dropped_untrained: int = 0  # samples that have, or have left, no trained token
     undeclared_calls: int = 0  # calls to tools that the row's `tools` doesn't declare
     switched_off: int = 0  # assistant turns that their row makes context (loss_mask or weight 0)
+    unread_fields: int = 0  # of messages: nothing reads them, nor does the template show them
     quoting: int = 0  # rows in which somebody's text holds a control token, which stays text
     tokens: int = 0
     trained_tokens: int = 0
@@ -138,6 +141,7 @@ class DatasetReport:
             "outputs of programs in assistants' texts, not trained": self.masked_outputs,
             "assistant turns with loss_mask or weight 0, context only": self.switched_off,
             "calls to tools that their row doesn't declare": self.undeclared_calls,
+            "fields of messages that nothing shows (retool data audit names them)": self.unread_fields,
             "rows whose texts hold control tokens, as text": self.quoting,
         }
         lost = [f"{count:,} {what}" for what, count in counts.items() if count]
@@ -196,6 +200,7 @@ def _count_row(report: DatasetReport, conversation: Conversation, renderer: Rend
     report.undeclared_calls += sum(undeclared_calls(conversation).values())
     switches = [conversation.messages[i].get("loss_mask", 1) for i in conversation.assistant_turns]
     report.switched_off += switches.count(0)
+    report.unread_fields += sum(1 for _ in unread_fields(conversation, renderer.source))
     report.quoting += renderer.controls.quoted_in(conversation.messages, conversation.tools)
 
 

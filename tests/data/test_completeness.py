@@ -418,13 +418,18 @@ def test_results_in_another_order_than_their_calls_are_refused_where_no_id_is_sh
 
 def test_the_audit_names_fields_that_nothing_shows(tmp_path):
     user = said("user", "Q", name="Ann", loss_mask=0)
-    row = {"messages": [user, said("assistant", "A", annotations=["x"], weight=1, id="m1")]}
+    answer = said("assistant", "A", annotations=["x"], weight=1, id="m1", shown=False, tags=[])
+    row = {"messages": [user, answer]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     found = audit(RowSource(str(tmp_path / "rows.jsonl")), renderer(WORDS), num_workers=0)
-    assert ("fields that nothing shows", "user.name 1 · assistant.annotations 1") in summary(found)
+    assert (
+        "fields that nothing shows",
+        "user.name 1 · assistant.annotations 1 · assistant.shown 1",
+    ) in summary(found)
     reads = renderer(CHATML.replace("BODY", "{{- (m.name or '') + m.content -}}"))
     assert audit(RowSource(str(tmp_path / "rows.jsonl")), reads, num_workers=0).tally.unread == {
-        "assistant.annotations": 1
+        "assistant.annotations": 1,
+        "assistant.shown": 1,
     }
 
 

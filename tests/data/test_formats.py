@@ -68,6 +68,16 @@ FORMS = {
         ],
         "Alpaca",
     ),
+    "messages and a column": (
+        {"messages": [QUESTION, ANSWER], "system": "Be exact."},
+        [{"role": "system", "content": "Be exact."}, QUESTION, ANSWER],
+        "messages",
+    ),
+    "response and a column": (
+        {"prompt": "1+1?", "response": "2", "system": "Be exact."},
+        [{"role": "system", "content": "Be exact."}, QUESTION, ANSWER],
+        "prompt and response",
+    ),
     "prompt and completion": (
         {"prompt": "1+1?", "completion": "2"},
         [QUESTION, ANSWER],
@@ -131,6 +141,17 @@ def test_tools_of_sharegpt_are_schemas(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([SHAREGPT]))
     (found,) = conversations(tmp_path / "a.json")
     assert found.tools == [{"type": "function", "function": FUNCTION}]
+
+
+def test_columns_that_nothing_reads_are_named(tmp_path):
+    row = {**FORMS["messages"][0], "weight": 0.5, "source": "web"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    many = {**FORMS["messages"][0], **{f"c{i}": i for i in range(10)}}
+    (tmp_path / "b.jsonl").write_text(json.dumps(many))
+    assert RowSource(str(tmp_path)).words() == [
+        "a.jsonl: messages; not read: weight, source",
+        "b.jsonl: messages; not read: c0, c1, c2, c3, c4, c5, c6, c7 and 2 more",
+    ]
 
 
 def test_files_of_several_forms_make_one_data_set(tmp_path, renderer_of):
@@ -208,7 +229,7 @@ class TestUnclear:
             ),
             (
                 {**SHAREGPT, "conversations": [{"from": "system", "value": "x"}]},
-                "a column and a message",
+                "its column and its message .system. differ",
             ),
             ({"instruction": 3, "output": "x"}, "'instruction' is int, not text"),
             ({"instruction": "x", "output": None}, "'output' is NoneType, not text"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from retool.data.read.refused_rows import SHOWN_KINDS, RefusedRows
+from retool.data.read.refused_rows import SHOWN_KINDS, RefusedRows, kind_of
 
 
 def test_like_reasons_are_said_once() -> None:
@@ -12,6 +12,7 @@ def test_like_reasons_are_said_once() -> None:
             f"a.parquet, row {row}: it has {100 + row} tokens, more than data.max_length=9."
         )
     refusals.add("a.parquet, row 7, message 2 (user): unknown role 'bot'.")
+    assert kind_of("f, row 1: it isn't the tool's ('a b', \"c\")") == "it isn't the tool's (…, …)"
     lines = str(refusals.error(12)).splitlines()
     assert lines[0] == "6 of 12 rows can't be used:" and len(lines) == 3
     assert (

@@ -2,6 +2,7 @@
 else.
 """
 
+import gzip
 import json
 import os
 import signal
@@ -105,6 +106,23 @@ class TestFiles:
             if path != blank:
                 with pytest.raises(ValueError, match=match):
                     rows_of([str(path)])
+
+    @pytest.mark.parametrize(
+        ("content", "match"),
+        [
+            (b'{\n  "messages": []\n}\n', "line 1 isn't JSON"),
+            (b'[{"messages": []}]\n', "line 1 is a JSON list, not an object"),
+            (gzip.compress(b'{"messages": []}\n'), "line 1 isn't JSON"),
+            ('{"messages": []}\n'.encode("utf-16"), "line 1 isn't JSON"),
+        ],
+        ids=["pretty", "list", "gz", "utf-16"],
+    )
+    def test_a_file_without_a_row_says_what_is_there_instead(self, tmp_path, content, match):
+        (tmp_path / "a.jsonl").write_bytes(content)
+        with pytest.raises(
+            ValueError, match=rf"a\.jsonl, row 0: {match}.* A \.jsonl has an object"
+        ):
+            columns_of(str(tmp_path / "a.jsonl"))
 
     def test_missing_column_says_which_there_are(self):
         columns = ["turns", "tools"]
@@ -337,6 +355,19 @@ class TestWhatOpenAIWrites:
             {**ANSWER, "loss_mask": 0},
         ]
 
+    @pytest.mark.parametrize("name", ["train", "training", "loss"])
+    def test_other_trainers_switches(self, name):
+        """Axolotl's and ms-swift's: a turn that its row switches off would be trained, unseen."""
+        turns = [USER, {**ANSWER, name: False}, USER, {**ANSWER, name: True}]
+        found = to_conversation({"messages": turns}, "f", 0).messages
+        assert [message.get("loss_mask") for message in found] == [None, 0, None, 1]
+        figure = {**ANSWER, name: 0.25}
+        assert to_conversation({"messages": [USER, figure]}, "f", 0).messages == [USER, figure]
+        refused(
+            {"messages": [USER, {**ANSWER, name: False, "weight": 1}]},
+            rf"message 1 \(assistant\): weight and {name} say the opposite",
+        )
+
     def test_weights_that_cannot_be_honoured(self):
         refused(
             {"messages": [USER, {**ANSWER, "weight": 0.5}]},
@@ -511,6 +542,10 @@ class TestRefusals:
                 [{"role": "user", "content": [{"type": "image", "url": "x"}]}, ANSWER],
                 r"message 0 \(user\): .*part of type 'image'",
             ),
+            (
+                [USER, {"role": "tool", "content": {"sum": 4}}, ANSWER],
+                r"message 1 \(tool\): content is a dict, not text: store it as text",
+            ),
             ([USER, {**ANSWER, "content": "\ud83d"}], "isn't valid Unicode"),
             ([USER, {**ANSWER, "loss_mask": 2}], r"message 1 \(assistant\): loss_mask is 2"),
             ([{**USER, "loss_mask": 1}, ANSWER], r"message 0 \(user\): loss_mask is 1"),
@@ -535,6 +570,8 @@ class TestRefusals:
             ("print(1)", "can't be parsed"),
             ("[1]", "are a list, not an object"),
             (3, "are a int, not an object"),
+            ('{"x": [NaN]}', "hold NaN or an infinite number"),
+            ({"x": float("inf")}, "hold NaN or an infinite number"),
         ],
     )
     def test_arguments(self, arguments, match):

@@ -8,6 +8,7 @@ from typing import Any
 from retool.data.read.chunk import RowError
 
 SURROGATE = re.compile("[\ud800-\udfff]")
+AS_TEXT = "store it as text, for example as its JSON"
 THOUGHT_PARTS = ("thinking", "reasoning")  # types; the text stands under that name, or `text`
 
 
@@ -32,6 +33,8 @@ def text_and_thought(content: Any, where: str) -> tuple[str, str]:
                 )
             words = part.get(kind, part.get("text"))
             thought.append(_text(words, f"{where}: the part of type {kind!r}"))
+        elif kind == "text" and "text" not in part and "type" not in part:
+            raise RowError(f"{where}: content is a dict, not text: {AS_TEXT}.")
         elif kind == "text":
             said.append(_text(part.get("text"), f"{where}: content"))
         else:
@@ -47,7 +50,7 @@ def _text(value: Any, what: str) -> str:
     ):
         value = "".join(part["text"] for part in value)
     if not isinstance(value, str):
-        raise RowError(f"{what} is {type(value).__name__}, not text.")
+        raise RowError(f"{what} is {type(value).__name__}, not text: {AS_TEXT}.")
     if SURROGATE.search(value):
         raise RowError(
             f"{what} isn't valid Unicode (bytes that aren't UTF-8, or half of a surrogate pair)."

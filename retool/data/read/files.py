@@ -32,6 +32,11 @@ from retool.data.read.text import csv_chunks, json_chunks, line_chunks
 from retool.data.read.user_function import function_chunks
 from retool.files.afar import answer, is_remote, items
 
+KINDS_OF_TEXT = (
+    "A .jsonl has an object a line; a .json may also be one list of objects; what is compressed ends "
+    "in .gz or .zst."
+)
+
 
 def is_table(source: str) -> bool:
     """Whether `datasets` reads it: a data set of the hub, or a folder that it saved."""
@@ -71,11 +76,12 @@ def _columns_of(file: str) -> list[str]:
         with opened_parquet(file) as parquet:
             return list(parquet.schema_arrow.names)
     for chunk in _file_chunks(file, None, None):
-        rows = [row for _, row in chunk]
+        found = [row for _, row in chunk]
+        rows = [row for row in found if isinstance(row, dict)]
+        if found and not rows:
+            raise ValueError(f"{found[0]} {KINDS_OF_TEXT}")
         if rows:
-            return list(
-                dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)
-            )
+            return list(dict.fromkeys(name for row in rows for name in row))
     raise ValueError(f"{file} has no rows.")
 
 

@@ -37,12 +37,15 @@ SPEAKERS = {
 
 def raw_messages(row: Mapping[str, Any], form: RowFormat, where: str) -> list[dict[str, Any]]:
     """The messages of a row whose form is settled. Raises RowError for what isn't one."""
+    return _with_system(row, _without_system(row, form, where), where)
+
+
+def _without_system(row: Mapping[str, Any], form: RowFormat, where: str) -> list[dict[str, Any]]:
     if form.format in ("messages", "sharegpt"):
         key = form.layout.needed[0]
-        messages = _as_list(plain(row[key]), key, where)
-        return _with_system(row, messages, where) if form.format == "sharegpt" else messages
+        return _as_list(plain(row[key]), key, where)
     if form.format == "alpaca":
-        return _with_system(row, _alpaca(row, where), where)
+        return _alpaca(row, where)
     asked, answered = form.layout.needed
     return [*_said_by("user", row, asked, where), *_said_by("assistant", row, answered, where)]
 
@@ -108,7 +111,9 @@ def _with_system(
     if system is None or system == "":
         return messages
     if messages and messages[0].get("role") == "system":
-        raise RowError(f"{where}: it has a column and a message 'system': keep one of them.")
+        if messages[0].get("content") == system:
+            return messages
+        raise RowError(f"{where}: its column and its message 'system' differ: keep one of them.")
     return [{"role": "system", "content": system}, *messages]
 
 

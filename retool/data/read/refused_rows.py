@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 SHOWN_KINDS = 20
 LONGEST_KIND = 160  # characters
 PLACE = re.compile(r"^.*?, row \d+(, message \d+)?( \(\w+\))?(, tool call \d+)?: ", re.DOTALL)
-QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
+# Not from an apostrophe, as in "isn't"
+QUOTED = re.compile(r"(?<!\w)'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
 NUMBER = re.compile(r"\d[\d,]*")
 
 

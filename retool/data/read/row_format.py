@@ -63,7 +63,7 @@ class RowFormat:
         """Each form's columns, with the names that the settings give them."""
         conversations = "conversations" if self.messages_key == "messages" else self.messages_key
         return {
-            "messages": Layout((self.messages_key,), (), "messages"),
+            "messages": Layout((self.messages_key,), ("system",), "messages"),
             "sharegpt": Layout(
                 (conversations,),
                 ("system",),
@@ -76,12 +76,12 @@ class RowFormat:
             ),
             "prompt_completion": Layout(
                 (self.prompt_key, "completion"),
-                (),
+                ("system",),
                 f"prompt and completion; {self.prompt_key} → user (or its messages), completion → assistant",
             ),
             "prompt_response": Layout(
                 (self.prompt_key, self.response_key),
-                (),
+                ("system",),
                 f"prompt and response; {self.prompt_key} → user (or its messages), "
                 f"{self.response_key} → assistant",
             ),

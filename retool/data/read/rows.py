@@ -20,6 +20,9 @@ from retool.data.read.row_format import LEGACY_TOOLS, RowFormat
 from retool.data.tokens.control_tokens import Masks
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+# Whether a message is trained: ours and OpenAI's name; those of Axolotl and ms-swift, true or false
+WEIGHTS = ("loss_mask", "weight")
+SWITCHES = ("train", "training", "loss")
 TOO_DEEP = "it is nested too deeply to be read."
 
 
@@ -221,7 +224,10 @@ def _take_calls(message: dict[str, Any], where: str) -> None:
     """Check and convert `tool_calls`; an empty list goes."""
     calls = message.pop("tool_calls")
     if not isinstance(calls, list):
-        raise RowError(f"{where}: 'tool_calls' is {type(calls).__name__}, not a list.")
+        raise RowError(
+            f"{where}: 'tool_calls' is {type(calls).__name__}, not a list: store it as a list, or "
+            "decode it in a function of yours (data.custom_cls.path, name)."
+        )
     if not calls:
         return
     if message["role"] != "assistant":
@@ -264,23 +270,34 @@ def _arguments(given: Any, name: str, where: str) -> dict[str, Any]:
         raise RowError(
             f"{where}: the arguments of {name!r} are a {type(arguments).__name__}, not an object."
         )
+    try:
+        json.dumps(arguments, allow_nan=False)
+    except TypeError as error:
+        raise RowError(
+            f"{where}: the arguments of {name!r} can't be written as JSON: {error}."
+        ) from error
+    except ValueError as error:
+        raise RowError(
+            f"{where}: the arguments of {name!r} hold NaN or an infinite number, and JSON has neither."
+        ) from error
     return arguments
 
 
 def _take_loss_mask(message: dict[str, Any], where: str) -> None:
-    """`loss_mask` or `weight`, which is OpenAI's name for it, becomes `loss_mask`: 0 or 1."""
-    given: set[int] = set()
-    for key in ("loss_mask", "weight"):
-        if key in message:
-            value = _loss_mask(message.pop(key), key, message["role"], where)
-            if value is not None:
-                given.add(value)
-    if len(given) > 1:
+    """What says whether a message is trained becomes `loss_mask`: 0 or 1."""
+    given: dict[str, int] = {}
+    for key in (*WEIGHTS, *SWITCHES):
+        if key not in message or (key in SWITCHES and not isinstance(message[key], bool)):
+            continue
+        value = _loss_mask(message.pop(key), key, message["role"], where)
+        if value is not None:
+            given[key] = value
+    if len({*given.values()}) > 1:
         raise RowError(
-            f"{where}: loss_mask and weight say the opposite of each other: keep one of them."
+            f"{where}: {' and '.join(given)} say the opposite of each other: keep one of them."
         )
     if given:
-        message["loss_mask"] = given.pop()
+        message["loss_mask"] = next(iter(given.values()))
 
 
 def _loss_mask(value: Any, key: str, role: str, where: str) -> int | None:

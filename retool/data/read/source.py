@@ -16,6 +16,8 @@ from retool.data.read.names import resolve_files
 from retool.data.read.row_format import RowFormat
 from retool.data.read.user_function import load_function
 
+MOST_COLUMNS = 8  # that are named
+
 
 @dataclass(frozen=True)
 class RowSource:
@@ -51,19 +53,25 @@ class RowSource:
 
         Raises ValueError where a file lacks a column, or could be of several forms.
         """
+        return {path: self.form.check(path, columns) for path, columns in self._columns.items()}
+
+    @cached_property
+    def _columns(self) -> dict[str, list[str]]:
         if self.function is not None:
             return {}
-        return {path: self.form.check(path, columns_of(path)) for path in self.paths}
+        return {path: columns_of(path) for path in self.paths}
 
     def check_columns(self) -> None:
         """Raises ValueError where a file lacks a column, or could be of several forms."""
         _ = self.forms
 
     def words(self) -> list[str]:
-        """What was taken for what: a line a form, with the files that have it."""
+        """What was taken for what, and what isn't read: a line a form, with the files that have it."""
         files: dict[str, list[str]] = {}
         for path, form in self.forms.items():
-            files.setdefault(form.layout.words, []).append(path.rpartition("/")[2])
+            unread = [name for name in self._columns[path] if name not in form.columns]
+            words = form.layout.words + (f"; not read: {_few(unread)}" if unread else "")
+            files.setdefault(words, []).append(path.rpartition("/")[2])
         return [f"{named(paths)}: {words}" for words, paths in files.items()]
 
     def chunks(self) -> Iterator[Chunk]:
@@ -77,6 +85,11 @@ class RowSource:
             code = Path(self.function_file).read_text(encoding="utf-8")
             function = f"{code}:{self.function_name}"
         return [*map(file_identity, self.paths), repr((self.form, self.max_rows)), function]
+
+
+def _few(columns: Sequence[str]) -> str:
+    more = len(columns) - MOST_COLUMNS
+    return ", ".join(columns[:MOST_COLUMNS]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def named(files: Sequence[str]) -> str:

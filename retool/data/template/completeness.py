@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from retool.data.read.rows import Conversation, RowError
@@ -134,10 +135,14 @@ def unread_fields(conversation: Conversation, source: str) -> Iterator[str]:
     """
     for message in conversation.messages:
         for key, value in message.items():
-            if not value or key in KNOWN_FIELDS:
-                continue
-            if not re.search(rf"\b{re.escape(key)}\b", source):
+            says_something = bool(value) or value is False  # `hidden: false` may be meant for us
+            if says_something and key not in KNOWN_FIELDS and not _reads(source, key):
                 yield f"{message['role']}.{key}"
+
+
+@lru_cache(maxsize=256)  # fields of messages by the million have the same few names
+def _reads(source: str, key: str) -> bool:
+    return re.search(rf"\b{re.escape(key)}\b", source) is not None
 
 
 def check_thought(conversation: Conversation, i: int, inside: str) -> None:
