@@ -47,8 +47,8 @@ response_length/mean | Answer length | tokens | noisy first
     Length of a whole answer, tool output included.
 response_length/clip_ratio | Answers cut off | share | down noisy
     Answers that used up their tokens.
-prompt_length/clip_ratio | Questions cut off | share | down noisy
-    Questions that used up their tokens.
+prompt_length/clip_ratio | Questions at the limit | share | down noisy
+    Questions as long as data.max_prompt_length allows.
 prompt_length/mean | Question length | tokens | noisy
     Length of a prompt with its tool descriptions.
 agent/sequences/mean | Sequences of an answer | | noisy
@@ -56,7 +56,7 @@ agent/sequences/mean | Sequences of an answer | | noisy
 num_turns/mean | Turns | | noisy first
     Turns of an answer; 2 is a question and an answer without a tool.
 tool/calls | Tool calls | in a step | noisy first
-    How often the model called a tool, all answers together.
+    How often the model called a tool in the answers that are trained on.
 tool/errors | Tool errors | in a step | down noisy
     Calls that gave an error back.
 tool/timeouts | Tool time-outs | in a step | down noisy
@@ -83,8 +83,8 @@ actor/entropy | Entropy | nats per token | noisy first
     How undecided the model is; a fall to 0 means that it repeats itself.
 actor/ppo_kl | Change of the policy | nats per token | noisy
     How far the updates of this step moved it.
-actor/kl_loss | KL to the reference | nats per token | noisy
-    How far the model is from where it started.
+actor/kl_loss | KL to the reference | nats | noisy
+    How far the model is from where it started: the loss's KL term without its coefficient, averaged as the loss is.
 actor/skipped_updates | Skipped updates | | down
     Updates skipped so far because their gradient wasn't finite.
 actor/reward_kl_penalty | KL in the reward | nats per token | noisy
@@ -94,9 +94,9 @@ actor/reward_kl_penalty_coeff | KL coefficient | |
 actor/loss | Loss | | noisy
     Policy loss with its KL and entropy terms.
 actor/entropy_loss | Entropy term | | noisy
-    What the loss gains from entropy.
+    Entropy in the loss, without its coefficient, averaged as the loss is.
 actor/pg_clipfrac | Clipped tokens | share | noisy
-    Tokens whose probability changed more than a step allows.
+    Tokens held back because their probability has changed as far as a step allows.
 actor/pg_clipfrac_lower | Clipped tokens, dual | share | noisy
     Tokens of bad answers that the dual clip held back.
 actor/grad_norm | Gradient norm | | noisy first
@@ -134,7 +134,7 @@ train/skipped_steps | Skipped steps | | down
 perf/tokens_per_second_per_gpu | Speed | tokens per second and GPU | up noisy first
     Tokens of the batch, without padding.
 perf/throughput | Speed | tokens per second and GPU | up noisy first
-    Tokens of a whole step.
+    Tokens of the answers that are trained on and of their questions, by the seconds of a step.
 perf/rollout_tokens_per_second | Sampling speed | tokens per second | up noisy
     Tokens that the model wrote while answering.
 perf/total_num_tokens | Tokens in a step | tokens | noisy
@@ -198,9 +198,9 @@ PATTERNS = r"""
 val-core/(.+)/acc/mean@(\d+) | Accuracy on {0} | share | up first
     Share of right answers, {1} tries at each question.
 val-core/(.+)/acc/best@(\d+)/mean | Solved on {0} | share | up
-    Questions with a right answer among {1} tries.
+    How often the best of {1} tries is right. They are drawn from a question's answers again and again, each put back.
 val-core/(.+)/acc/maj@(\d+)/mean | Majority vote on {0} | share | up
-    Questions where most of {1} answers are right.
+    How often the most frequent of {1} answers is right. They are drawn like the tries for the best.
 environment/reward/(mean|max|min) | Given by the environment, {0} | | up noisy
     Sum over the turns of an answer.
 rewards/(.+)/mean | Reward {0} | | up noisy

@@ -35,8 +35,9 @@ def spread_of(name: str, values: Sequence[float] | np.ndarray) -> dict[str, floa
 def score_metrics(members: Sequence[Scored]) -> dict[str, float]:
     """critic/{score,rewards,acc} and environment/reward of the samples that weren't lost.
 
-    `score` is what the reward function gave, `rewards` that with overlong shaping. There is no acc
-    where the reward function told none.
+    `score` is what the reward function gave, `rewards` that with overlong shaping; where the KL is in
+    the reward, `make_experience` tells `rewards` less the KL. There is no acc where the reward
+    function told none.
     """
     # A lost sample has a score of 0, which is nobody's opinion of it.
     judged = [member for member in members if not member.lost]

@@ -50,10 +50,14 @@ from retool.rl.types import Group, Scored, trainable
 from retool.rl.validate import validation_metrics
 from retool.run.caller import COMMAND, Caller
 from retool.run.ending import finish, orderly_end
+from retool.run.folder import say
 from retool.run.saving import save_step, say_saved
 from retool.run.session import Session, begin, same_plan
 from retool.run.skips import count_update
 
+TRUNCATED = (
+    "algorithm.mask_truncated leaves such answers out (data.max_response_length is their limit)"
+)
 # Of every step, whatever it does without
 PARTS = (
     "sync_weights",
@@ -150,6 +154,9 @@ def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
     if made.trained:
         with timed(times, "update_actor"):
             metrics |= update(session, state, made)
+    elif usable:
+        state.skips.without = f"all answers of a step ran out of tokens, and {TRUNCATED}"
+        say(session.mesh, f"step {state.step + 1}: {state.skips.without}; nothing is trained.")
     adapt_kl(state, made, session.report.config.algorithm.kl_ctrl)
     # From here on the weights are those of the next step. The stream's position and the kept groups
     # move with them, or a resumed run would ask questions twice.
@@ -163,7 +170,7 @@ def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
         write_training(session.folder, state.step, groups, advantages, session.report.renderer)
     say_saved(session, state, wait=False)
     data = session.report.config.data
-    metrics = {**tool_metrics(members), **metrics, **made.metrics, **score_metrics(members)}
+    metrics = {**tool_metrics(members), **metrics, **score_metrics(members), **made.metrics}
     metrics |= length_metrics(members, data.max_response_length, data.max_prompt_length)
     gap = metrics.get("training/rollout_logp_diff_mean", 0.0)
     if session.mesh.rank == 0 and gap > DISAGREEMENT:

@@ -450,6 +450,12 @@ def test_everything_at_once(work, tmp_path) -> None:
         first["critic/rewards/mean"] < first["critic/score/mean"]
         and 0 < first["rollout_correction/mean"] < 1
     )
+    length = second["response_length/mean"]
+    kl = second["actor/reward_kl_penalty"] * second["actor/reward_kl_penalty_coeff"] * length
+    too_long = (length - 8) / 4
+    assert second["critic/rewards/mean"] == pytest.approx(
+        second["critic/score/mean"] - too_long - kl, rel=1e-9
+    )
 
 
 def test_the_gap_is_measured_where_the_samplers_log_probabilities_are_the_old_ones(

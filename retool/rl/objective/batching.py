@@ -67,7 +67,8 @@ class RLBatch:
     """A pack and, at the position of each label, what the loss needs: float32 [T].
 
     `weights` is the token's share of the global mini-batch's mean (`losses.token_weights`); 0 where
-    it wasn't sampled. `sequences` int64 [T] numbers the documents.
+    it wasn't sampled. `sequences` int64 [T] numbers the documents. `token_share` is 1 / sampled tokens
+    of the global mini-batch.
     """
 
     pack: PackedBatch
@@ -78,11 +79,12 @@ class RLBatch:
     weights: Tensor
     ref: Tensor
     sequences: Tensor
+    token_share: float
 
     def tensors(self) -> dict[str, Tensor]:
         """All but the pack, by name."""
-        names = [entry.name for entry in fields(self) if entry.name != "pack"]
-        return {name: getattr(self, name) for name in names}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def slice(self, rank: int, size: int) -> RLBatch:
         """The part of sequence-parallel rank `rank` of `size`."""
@@ -125,7 +127,9 @@ def unshift(values: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
     return out
 
 
-def make_batch(rows: Sequence[Row], weights: Sequence[np.ndarray], multiple: int) -> RLBatch:
+def make_batch(
+    rows: Sequence[Row], weights: Sequence[np.ndarray], multiple: int, token_share: float
+) -> RLBatch:
     """Pack rows with their token weights; no rows at all give a dummy pack of weight 0."""
     packed = pack([Sample(row.tokens, row.mask, row.experts) for row in rows], multiple)
     total = len(packed.tokens)
@@ -143,6 +147,7 @@ def make_batch(rows: Sequence[Row], weights: Sequence[np.ndarray], multiple: int
         weights=tensor(weights),
         ref=tensor([row.ref if row.ref is not None else np.zeros(len(row)) for row in rows]),
         sequences=torch.from_numpy(sequences),
+        token_share=token_share,
     )
 
 
@@ -182,10 +187,12 @@ def rank_batches(
         for span in row.spans:
             parts.append(row.part(span) if row.cuts else row)
             weights.append(share[span])
+    token_share = 1 / max(sum(int(row.mask.sum()) for row in rows), 1)
     plan = plan_step([len(part) for part in parts], budget, dp, sp)
     made = []
     for members in plan[dp_rank]:
         # Shortest first, as in SFT: kernels that treat long documents apart have two runs to do
         ordered = sorted(members, key=lambda i: len(parts[i]))
-        made.append(make_batch([parts[i] for i in ordered], [weights[i] for i in ordered], sp))
+        chosen = [parts[i] for i in ordered]
+        made.append(make_batch(chosen, [weights[i] for i in ordered], sp, token_share))
     return made

@@ -17,7 +17,7 @@ import torch
 from retool.data.packing import Budget
 from retool.parallel.fsdp import Sharded
 from retool.rl.config.algorithm import AlgorithmConfig
-from retool.rl.metrics import advantage_metrics
+from retool.rl.metrics import advantage_metrics, spread_of
 from retool.rl.objective.advantages import (
     AdvantageInputs,
     Estimator,
@@ -264,9 +264,12 @@ def _token_rewards(
         for reward, mask, penalty in zip(rewards, masks, penalties, strict=True)
     ]
     mean = _mean(penalties, masks)
+    # These are the rewards that are trained on: `score_metrics` knows of no KL.
+    sums = [value[mask].sum() for value, mask in zip(values, masks, strict=True)]
     metrics = {
         "actor/reward_kl_penalty": mean,
         "actor/reward_kl_penalty_coeff": options.kl_coef,
+        **spread_of("critic/rewards", sums),
     }
     return _TokenRewards(values, metrics, mean)
 

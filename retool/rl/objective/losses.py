@@ -4,7 +4,8 @@ Pure: tensors and numbers in, (loss_sum, metrics) out.
 
 A loss sees a slice of the global mini-batch, in any order and of any size. `weights_T` already holds
 each token's share of the mean (see `token_weights`). So the sum over all slices of all ranks is the
-loss, whatever the layout. Metrics are sums with the same weights, and add up to means likewise.
+loss, whatever the layout. Metrics add up likewise: a loss by the same weights, a share of tokens by
+`token_share`.
 
 `LOSSES` at the end is the only list of losses; a user's own is a function (`user_functions`).
 """
@@ -48,6 +49,7 @@ class LossInputs:
     ref_T         under the reference policy; None where the loss has no KL to one
     advantages_T  times the correction of the sampler, where one is asked for
     weights_T     the token's share of the mini-batch's mean
+    token_share   1 / sampled tokens of the mini-batch: a token's share of a mean over tokens
     sampled_T     bool: whether the model sampled the token; where not, its weight is 0 and it must
                   have no say
     sequence_log_ratio_T
@@ -61,6 +63,7 @@ class LossInputs:
     advantages_T: Tensor
     weights_T: Tensor
     sampled_T: Tensor
+    token_share: float
     clip: Clip
     ref_T: Tensor | None = None
     sequence_log_ratio_T: Tensor | None = None
@@ -76,6 +79,12 @@ class LossInputs:
         Where the weight is 0 the value has no say, not even an infinite one.
         """
         return weighted_sum(values_T, self.weights_T)
+
+    def token_mean(self, values_T: Tensor) -> Tensor:
+        """This slice's part of the mean of `values_T` over the mini-batch's sampled tokens, whatever
+        mean the loss has: for what is told per token.
+        """
+        return (torch.where(self.sampled_T, values_T, 0) * self.token_share).sum()
 
 
 @dataclass(frozen=True)
@@ -155,9 +164,9 @@ def _metrics(inputs: LossInputs, losses: Tensor, clipped: Tensor, at_ceiling: Te
     with torch.no_grad():
         return {
             "actor/pg_loss": inputs.sum(losses),
-            "actor/pg_clipfrac": inputs.sum(clipped.to(losses.dtype)),
-            "actor/pg_clipfrac_lower": inputs.sum(at_ceiling.to(losses.dtype)),
-            "actor/ppo_kl": inputs.sum(-inputs.log_ratio_T),
+            "actor/pg_clipfrac": inputs.token_mean(clipped.to(losses.dtype)),
+            "actor/pg_clipfrac_lower": inputs.token_mean(at_ceiling.to(losses.dtype)),
+            "actor/ppo_kl": inputs.token_mean(-inputs.log_ratio_T),
         }
 
 

@@ -194,6 +194,7 @@ def loss_inputs(batch: RLBatch, chosen: Tensor, logp_T: Tensor, spec: LossSpec) 
         advantages_T=advantages[chosen].to(dtype),
         weights_T=batch.weights[chosen].to(dtype),
         sampled_T=batch.pack.weights[chosen] != 0,
+        token_share=batch.token_share,
         clip=spec.clip,
         ref_T=batch.ref[chosen].to(dtype) if spec.use_kl else None,
     )

@@ -88,6 +88,7 @@ def _made_up_tokens() -> LossInputs:
         advantages_T=torch.tensor([1.0, -0.5, 0.0]),
         weights_T=torch.tensor([0.5, 0.5, 0.0]),
         sampled_T=torch.tensor([True, True, False]),
+        token_share=0.5,
         clip=Clip(),
         ref_T=zeros,
         sequence_log_ratio_T=zeros,

@@ -56,7 +56,7 @@ def test_work_is_balanced_by_what_attention_costs(quadratic_length, shares) -> N
 def test_everything_stands_where_its_label_does(rng) -> None:
     rows = [row_of(rng, n, ref=True) for n in (7, 3, 5)]
     weights = token_weights([row.mask for row in rows], "token-mean", 10)
-    batch = make_batch(rows, weights, multiple=4)
+    batch = make_batch(rows, weights, multiple=4, token_share=0.1)
     assert len(batch.pack.tokens) == 16 and batch.pack.seqlens == (7, 3, 5, 1)
     at = 0
     for number, (row, weight) in enumerate(zip(rows, weights, strict=True)):

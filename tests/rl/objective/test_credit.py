@@ -141,7 +141,7 @@ def test_a_run_of_truncated_answers_trains_nothing_and_says_so(work: Path, tmp_p
     def short(completion: str) -> float:
         return -float(len(completion))
 
-    with pytest.raises(ValueError, match="no step had anything to train on"):
+    with pytest.raises(ValueError, match="all answers of a step ran out of tokens"):
         improve(
             work,
             tmp_path / "run",

@@ -185,3 +185,4 @@ def test_kl_in_the_reward_by_hand(models) -> None:
         and abs(made.kl) > 0.01
     )
     assert made.metrics["actor/reward_kl_penalty_coeff"] == coef
+    assert made.metrics["critic/rewards/min"] == pytest.approx(scores.min(), rel=1e-6)

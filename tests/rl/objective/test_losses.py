@@ -37,6 +37,7 @@ def inputs_of(logp, old, advantages, weights, clip=CLIP, mean=None):
         advantages_T=advantages,
         weights_T=weights,
         sampled_T=weights != 0,
+        token_share=1 / len(weights),
         clip=clip,
         sequence_log_ratio_T=mean,
     )

@@ -187,6 +187,31 @@ def test_against_a_dense_computation(folder) -> None:
     )
 
 
+def test_what_is_told_per_token_does_not_depend_on_how_the_loss_is_averaged(folder) -> None:
+    model = model_on(make_mesh(device="cpu"), folder)
+    rows = rows_of(7)
+    samples = [Sample(row.tokens, row.mask) for row in rows]
+    present, _ = policy_logprobs(model, samples, 1.0, Budget(10_000))
+    noise = np.random.default_rng(8)
+    old = [p + 0.3 * noise.normal(size=len(p)) for p in present]
+    rows = [replace(r, old=o, correction=np.ones(len(r))) for r, o in zip(rows, old, strict=True)]
+    log_ratio = np.concatenate([(p - r.old)[r.mask] for p, r in zip(present, rows, strict=True)])
+    advantages = np.concatenate([row.advantage[row.mask] for row in rows])
+    ratio = np.exp(log_ratio)
+    stopped = ((advantages > 0) & (ratio > 1.2)) | ((advantages < 0) & (ratio < 0.8))
+    for mean in ("token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"):
+        told = [
+            loss_sum(model, batch, LossSpec())[1]
+            for batch in rank_batches(rows, mean, 100, 0, 1, 1, Budget(60))
+        ]
+        clipped, kl = (
+            sum(float(metrics[name]) for metrics in told)
+            for name in ("actor/pg_clipfrac", "actor/ppo_kl")
+        )
+        assert clipped == pytest.approx(stopped.mean(), rel=1e-6)
+        assert kl == pytest.approx(-log_ratio.mean(), abs=1e-6)
+
+
 def test_a_step_makes_good_tokens_likelier(folder) -> None:
     model = model_on(make_mesh(device="cpu"), folder)
     rows = rows_of()

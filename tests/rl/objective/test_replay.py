@@ -111,7 +111,7 @@ def test_experts_travel_with_their_tokens() -> None:
     experts = np.arange(6, dtype=np.int8).reshape(3, 1, 2)
     row = Row(np.arange(3, dtype=np.int32), mask, zeros, zeros, zeros, zeros, experts=experts)
     plain = Row(np.arange(3, dtype=np.int32), mask, zeros, zeros, zeros, zeros)
-    batch = make_batch([plain, row], [zeros, zeros], multiple=4)
+    batch = make_batch([plain, row], [zeros, zeros], multiple=4, token_share=0.25)
     parts = [batch.slice(rank, 4).pack.experts for rank in range(4)]
     whole = torch.cat([part for part in parts if part is not None])
     assert whole[:, 0].tolist() == [[-1, -1]] * 3 + [[0, 1], [2, 3], [4, 5]] + [[-1, -1]] * 2
