@@ -123,7 +123,7 @@ def named(events: list[kernels.Event], layers: int) -> Iterator[tuple[str, kerne
             last = "attention, parts joined"
         elif "_place_kernel" in name:
             last = "rope, cache"
-        elif re.search(r"_part_kernel|_join_kernel|_cutoff_kernel", name):
+        elif re.search(r"_mass_kernel|_draw_kernel|_cutoff_kernel", name):
             last = "draw"
         elif re.search(r"splitk\w*reduce|reduce\w*splitk", name):
             pass  # the product's before it

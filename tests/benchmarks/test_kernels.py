@@ -77,7 +77,7 @@ def test_the_kernels_of_a_decode_step_are_known_by_their_order(layer: str, what:
     from decode import named
 
     names = layer.split()
-    last = [*names[:-1], "nvjet", "_part_kernel", "Memcpy DtoH"]
+    last = [*names[:-1], "nvjet", "_mass_kernel", "Memcpy DtoH"]
     step = ["nvjet", *names, *last]
     events = [(name, float(i), i + 0.5) for i, name in enumerate(step * 2)]
     once = ["q k v", *what, *what[:-1], "vocabulary", "draw", "copies and small kernels"]

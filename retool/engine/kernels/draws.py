@@ -1,7 +1,7 @@
 """What a row's random draw depends on, and its random numbers: shared by the samplers in torch and
 in Triton.
 
-The noise is a counter through SplitMix64's mixer (Steele, Lea & Flood, OOPSLA 2014).
+The numbers are a counter through SplitMix64's mixer (Steele, Lea & Flood, OOPSLA 2014).
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
+
+# Tokens whose share of a row is summed up before one of them is drawn. Another number, other draws
+BLOCK = 512
 
 # SplitMix64's increment and multipliers, as signed 64-bit integers: torch has no others
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
