@@ -74,7 +74,8 @@ NAMES = {
     ),
     "data.val_files": (
         "val_file validation_file eval_file eval_files eval_data eval_dataset test_file test_files "
-        "test_datasets val_data validation_data val_set_size test_size"
+        "test_datasets val_data validation_data val_set_size test_size "
+        "val_size val_split_ratio eval_split_ratio validation_split_percentage"
     ),
     "data.train_max_samples": "max_train_samples max_samples num_train_samples",
     "data.val_max_samples": "max_eval_samples max_val_samples",
@@ -164,6 +165,10 @@ ABSENT = {
         "lora_rank lora_r lora_alpha lora_dropout lora_target_modules lora_modules target_modules "
         "use_peft use_lora use_qlora peft_config adapter finetuning_type load_in_4bit load_in_8bit"
     ),
+    "retool trains all weights: none can be frozen.": (
+        "freeze freeze_layers freeze_modules freeze_trainable_layers freeze_trainable_modules "
+        "freeze_parameters trainable_parameters trainable_modules unfrozen_parameters"
+    ),
     "the optimizer is AdamW, with optim.lr, .betas and .weight_decay.": (
         "optimizer optim optim_args adam_epsilon optim_target_modules"
     ),
@@ -172,8 +177,22 @@ ABSENT = {
         "use_dynamic_batch group_by_length eval_packing neat_packing"
     ),
     "only what the assistant wrote is trained.": (
-        "assistant_only_loss completion_only_loss train_on_inputs train_on_prompt mask_history "
-        "roles_to_train train_on_eos"
+        "assistant_only_loss completion_only_loss train_on_inputs train_on_prompt roles_to_train "
+        "train_on_eos"
+    ),
+    "every assistant turn is trained; weight: 0 in a message keeps it as context.": (
+        "mask_history train_on_last_turn_only train_last_turn_only last_turn_only"
+    ),
+    "a run goes to its last step. Save and validate often (trainer.save_freq, trainer.test_freq), and "
+    "take the checkpoint that validates best.": (
+        "early_stopping early_stopping_patience early_stopping_threshold load_best_model_at_end "
+        "metric_for_best_model greater_is_better"
+    ),
+    "nothing is added to the loss, and nothing is dropped out.": (
+        "neftune_noise_alpha label_smoothing_factor label_smoothing dropout attention_dropout"
+    ),
+    "files are always streamed, and read once: the tokens are cached.": (
+        "streaming dataset_streaming keep_in_memory load_from_cache_file overwrite_cache"
     ),
     "retool's own kernels compute log-probabilities without keeping all logits.": (
         "use_liger use_liger_kernel use_liger_loss liger_kernel use_fused_kernels cut_cross_entropy unsloth"

@@ -130,9 +130,7 @@ def _pandas_rows(data: Any) -> Iterator[dict[str, Any]]:
 def _mapping_told(data: Mapping[str, Any]) -> str:
     splits = ", ".join(map(str, data))
     if type(data).__module__.partition(".")[0] == "datasets":
-        return (
-            f"the data has several splits: {splits}. Give one of them: data[{next(iter(data))!r}]."
-        )
+        return f"the data is divided into splits: {splits}. Give one of them: data[{next(iter(data))!r}]."
     return f"a dict ({splits}) isn't rows: give a list of dicts, one a row."
 
 

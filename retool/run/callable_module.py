@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from retool.config.command import calm_while_loading
+from retool.config.elsewhere import absent
 
 
 class CallableModule(ModuleType):
@@ -45,6 +46,8 @@ class CallableModule(ModuleType):
         if "." in word or "__" in word:
             return f"write options={{{word.replace('__', '.')!r}: …}}"
         others: dict[str, str] = self._api.OTHER_NAMES
+        if word not in others and (way_out := absent(word)):
+            return way_out.removesuffix(".")
         known = [*self.__signature__.parameters]
         near = get_close_matches(word, [*known, *others], n=1, cutoff=0.6)
         if not near:

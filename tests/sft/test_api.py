@@ -178,6 +178,8 @@ def test_all_faults_are_raised_at_once(work: Path, tmp_path: Path) -> None:
     assert "is required" not in text and not (tmp_path / "run").exists()
     with pytest.raises(TypeError, match=r"train_dataset: did you mean data\?"):
         retool.sft(train_dataset=[])  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match=r"peft_config: Leave it out: retool trains all weights"):
+        retool.sft("m", [], peft_config={})
     with pytest.raises(TypeError, match=r"options=\{'optim\.lr': …\}"):
         retool.sft(optim__lr=1)  # pyright: ignore[reportCallIssue]
 
