@@ -179,7 +179,7 @@ def test_all_faults_are_raised_at_once(work: Path, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"train_dataset: did you mean data\?"):
         retool.sft(train_dataset=[])  # pyright: ignore[reportCallIssue]
     with pytest.raises(TypeError, match=r"peft_config: Leave it out: retool trains all weights"):
-        retool.sft("m", [], peft_config={})
+        retool.sft("m", [], peft_config={})  # pyright: ignore[reportCallIssue]
     with pytest.raises(TypeError, match=r"options=\{'optim\.lr': …\}"):
         retool.sft(optim__lr=1)  # pyright: ignore[reportCallIssue]
 
