@@ -426,7 +426,8 @@ def test_everything_at_once(work, tmp_path) -> None:
         f"{ARR}actor.entropy_coeff=0.01",
         f"{ARR}actor.policy_loss.loss_mode=gspo",
         "reward_model.overlong_buffer.enable=true",
-        "reward_model.overlong_buffer.len=4",
+        # As long as an answer: the mean penalty follows from the mean length
+        "reward_model.overlong_buffer.len=12",
         "algorithm.rollout_correction.rollout_is=sequence",
         f"{ARR}actor.ppo_epochs=2",
         f"{ARR}actor.use_dynamic_bsz=false",
@@ -452,7 +453,7 @@ def test_everything_at_once(work, tmp_path) -> None:
     )
     length = second["response_length/mean"]
     kl = second["actor/reward_kl_penalty"] * second["actor/reward_kl_penalty_coeff"] * length
-    too_long = (length - 8) / 4
+    too_long = length / 12
     assert second["critic/rewards/mean"] == pytest.approx(
         second["critic/score/mean"] - too_long - kl, rel=1e-9
     )

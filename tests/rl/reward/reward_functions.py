@@ -116,8 +116,8 @@ def raises_on_real(data_source, solution_str, ground_truth, extra_info):
 
 
 def raises_on_some(data_source, solution_str, ground_truth, extra_info):
-    """On every third answer or so, by its text."""
-    if sum(map(ord, solution_str)) % 3 == 0 and "\\boxed" not in solution_str:
+    """On every seventh question or so, whatever was answered; on none that was made up."""
+    if int(ground_truth) % 7 == 6 and "\\boxed" not in solution_str:
         raise LookupError("not this one")
     return digits(data_source, solution_str, ground_truth, extra_info)
 
