@@ -8,7 +8,8 @@ A step of one micro-batch (the optimizer included), and each further micro-batch
 packs of `--tokens` tokens in `--documents` equal documents, through `retool.sft.step.train_step`.
 *narrow* is Qwen2.5-0.5B with its layers and a width at which nothing takes the CPU time but Python
 and PyTorch around it. Median (lowest … highest) of rank 0. `--profile N` prints the N functions that
-took most of a step's time themselves, backward included.
+took most of a step's time themselves, backward included. `--compile recorded` replays what was recorded of a
+compiled micro-batch (`retool.sft.recorded`).
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ from retool.model.build import ModelOptions, build_decoder
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.mesh import Mesh, make_mesh
 from retool.perf import StepTimer
+from retool.sft.recorded import SmallPacks
 from retool.sft.step import train_step
 
 NARROW = replace(
     SHAPES["qwen2.5-0.5b"], vocab=512, hidden=64, ffn=64, heads=2, kv_heads=1, head_dim=32
 )
+# Of a way to run
+NAMES = {"yes": ", compiled", "no": "", "recorded": ", compiled and recorded"}
 FURTHER = 8  # micro-batches of the longer step, less one
 
 
@@ -57,7 +61,11 @@ def documents(tokens: int, count: int, mesh: Mesh) -> PackedBatch:
     if count % mesh.sp:
         return pack(samples, mesh.sp)
     share = count // mesh.sp
-    return pack_apart([samples[i : i + share] for i in range(0, count, share)])
+    room = share * length
+    if mesh.sp == 1:
+        return replace(pack(samples), room=room)
+    shares = [samples[i : i + share] for i in range(0, count, share)]
+    return replace(pack_apart(shares), room=room)
 
 
 def timed(run: Callable[[], Any], device: torch.device, repeats: int) -> Times:
@@ -96,22 +104,23 @@ def functions(run: Callable[[], Any], most: int, shown: bool) -> None:
         pstats.Stats(profile).strip_dirs().sort_stats("tottime").print_stats(most)
 
 
-def measure(mesh: Mesh, compiled: bool, tokens: int, args: Namespace) -> dict[str, Any]:
+def measure(mesh: Mesh, how: str, tokens: int, args: Namespace) -> dict[str, Any]:
     """The line of one size."""
     config = NARROW if args.shape == "narrow" else SHAPES[args.shape]
     config = replace(config, layers=args.layers or config.layers)
     options = ModelOptions(
-        recompute=args.recompute, use_compile=compiled, reshard_after_forward=args.reshard
+        recompute=args.recompute, use_compile=how != "no", reshard_after_forward=args.reshard
     )
     model = build_decoder(config, mesh, options)
     random_weights(model)
     optimizer = AdamW(model, AdamWOptions())
     timer = StepTimer(mesh.device)
     batch = documents(tokens, args.documents, mesh)
+    small = SmallPacks(model, tokens) if how == "recorded" else None
 
     def step(micro_batches: int) -> None:
         packs = [batch] * micro_batches
-        train_step(model, optimizer, packs, tokens, 1e-5, timer)
+        train_step(model, optimizer, packs, tokens, 1e-5, timer, small=small)
         timer.take()
 
     one = timed(partial(step, 1), mesh.device, args.repeats)
@@ -129,7 +138,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="960,2200,8000")
     parser.add_argument("--documents", type=int, default=4)
     parser.add_argument("--recompute", default="none")
-    parser.add_argument("--compile", default="yes,no")
+    parser.add_argument("--compile", default="yes,recorded,no")
     parser.add_argument("--reshard", action="store_true", help="weights don't stay gathered")
     parser.add_argument("--profile", type=int, default=0)
     args = parser.parse_args()
@@ -139,10 +148,10 @@ def main() -> None:
     if mesh.rank == 0:
         title = f"{mesh.world}× {hardware(mesh.device)}, {args.shape}, ms"
         head(title, ["tokens", "enqueued", "done", "each further micro-batch"])
-    for compiled in args.compile.split(","):
+    for how in args.compile.split(","):
         for tokens in map(int, args.tokens.split(",")):
-            name = f"{tokens}{', compiled' if compiled == 'yes' else ''}"
-            make = partial(measure, mesh, compiled == "yes", tokens, args)
+            name = f"{tokens}{NAMES[how]}"
+            make = partial(measure, mesh, how, tokens, args)
             line = {"name": name, **attempt(make)}
             lines.append(line)
             if mesh.rank == 0:

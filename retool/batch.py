@@ -59,6 +59,9 @@ class PackedBatch:
     `experts` int16 [T, layers, k], sliced, has the experts that each token is to be computed by
     (`retool.model.experts.routing.chosen_experts`), `NO_EXPERTS` where the router chooses; None: it
     does everywhere.
+
+    `room`: tokens, the most that any rank needs for its part of the packs that run at the same time, or
+    more where documents are many; 0 where that isn't known, or a document lies on two ranks.
     """
 
     tokens: torch.Tensor
@@ -74,6 +77,7 @@ class PackedBatch:
     experts: torch.Tensor | None = None
     alone: bool = False
     divided: bool = False
+    room: int = 0
 
     def slice(self, rank: int, size: int) -> PackedBatch:
         """The part of sequence-parallel rank `rank` of `size`: T/size consecutive tokens."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from retool.batch import PackedBatch, Sample, pack, pack_apart
 from retool.data.cache import Dataset, DatasetReport, open_dataset
-from retool.data.packing import Packing, plan_step, whole_shares
+from retool.data.packing import Packing, plan_step, shared_room, whole_shares
 
 __all__ = [
     "Dataset",
@@ -209,7 +209,9 @@ def _packs(dataset: Samples, indices: Sequence[int], packing: Packing) -> tuple[
     lengths = [pad_to if pad_to is not None else int(dataset.lengths[i]) for i in indices]
     plan = plan_step(lengths, packing.budget, packing.dp, packing.sp)
     packs = []
-    for members in plan[packing.dp_rank]:
+    for number, members in enumerate(plan[packing.dp_rank]):
+        at_once = [[lengths[i] for i in rank[number]] for rank in plan]
+        room = shared_room(at_once, packing)
         # Shortest first: attention kernels that treat long and short documents apart then have two
         # runs to do, not many.
         ordered = sorted(members, key=lambda i: lengths[i])
@@ -217,10 +219,10 @@ def _packs(dataset: Samples, indices: Sequence[int], packing: Packing) -> tuple[
         shares = whole_shares([lengths[i] for i in ordered], packing)
         if shares is None:
             divided = pack(samples, packing.sp, pad_to, packing.pad_id)
-            packs.append(replace(divided, divided=not packing.keep_whole))
+            packs.append(replace(divided, divided=not packing.keep_whole, room=room))
         else:
             whole = [[samples[i] for i in sorted(share)] for share in shares]
-            packs.append(pack_apart(whole, packing.pad_id))
+            packs.append(replace(pack_apart(whole, packing.pad_id), room=room))
     return tuple(packs)
 
 

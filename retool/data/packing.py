@@ -29,6 +29,12 @@ UNEVEN = 1.03
 # `retool.model.costs.few_tokens`.
 FEW_TOKENS = 2_000
 
+# Tokens of a rank in a recorded micro-batch. It has room for so many documents that each may have few
+# tokens, as long as any of them may be: attention's kernels look at each part of each of them.
+SMALLEST_RECORDED = 128
+LARGEST_RECORDED = 2048
+TOKENS_OF_A_DOCUMENT = 32
+
 # [data-parallel rank][micro-batch][index of a sample]; an empty micro-batch is a dummy pack
 Plan = list[list[list[int]]]
 
@@ -129,6 +135,33 @@ def whole_shares(lengths: Sequence[int], packing: Packing) -> list[list[int]] | 
         return None
     even = longest <= divided * UNEVEN and dearest <= costs.sum() / sp * UNEVEN
     return shares if even or longest <= packing.budget.few_tokens else None
+
+
+def shared_room(micro_batches: Sequence[Sequence[int]], packing: Packing) -> int:
+    """`PackedBatch.room` of micro-batches, one for each data-parallel rank, with samples of these
+    lengths; 0 where they aren't small for a GPU.
+    """
+    few = packing.budget.few_tokens * packing.sp
+    if max(map(sum, micro_batches)) > few:
+        return 0
+    room = 1
+    for lengths in micro_batches:
+        shares = whole_shares(lengths, packing)
+        if packing.sp == 1:
+            shares = [list(range(len(lengths)))]
+        if shares is None:
+            return 0
+        for share in shares:
+            # Two documents more: what fills a rank's part up to the others, and to a round size
+            documents = len(share) + 2
+            tokens = sum(lengths[i] for i in share)
+            room = max(room, tokens, documents * TOKENS_OF_A_DOCUMENT)
+    return room
+
+
+def recorded_size(room: int) -> int:
+    """Tokens of a rank that a pack is padded to where it is recorded: a power of two."""
+    return max(SMALLEST_RECORDED, 1 << (room - 1).bit_length())
 
 
 def _fill(weights: np.ndarray, costs: np.ndarray, capacity: int, dp: int) -> list[list[int]]:

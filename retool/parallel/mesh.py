@@ -158,6 +158,9 @@ def make_mesh(
         # gloo beside NCCL: objects and agreements travel on the host, without waiting for the
         # device.
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+        # NCCL would keep addresses of what a CUDA graph's collectives send, and segments that grow
+        # have none to keep
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         dist.init_process_group(
             backend,
             store=meeting_place(os.environ, timeout_s),

@@ -17,8 +17,9 @@ import torch
 from retool.checkpoint.format.tracker import STEP
 from retool.config import Fault
 from retool.config.options import RunOptions
+from retool.data.packing import LARGEST_RECORDED, recorded_size
 from retool.model.config import ModelConfig
-from retool.model.costs import layer_costs, parameter_count
+from retool.model.costs import few_tokens, layer_costs, parameter_count
 from retool.model.recompute import Recompute
 from retool.parallel.collectives import gather_objects
 from retool.parallel.mesh import Mesh
@@ -59,7 +60,8 @@ class Choice:
     `fits` is None where the device's memory is unknown. `hold`: gradients are held until the step's
     last micro-batch. `parked`: layers whose activations go to host memory. Without `keep_copy` a
     rank's shard is cast to the compute dtype at every gather. Without `reshard` weights stay
-    gathered from the forward to the backward.
+    gathered from the forward to the backward. `recorded`: tokens of a GPU up to which there is memory to
+    record a micro-batch that is small for it.
     """
 
     tokens: int
@@ -70,6 +72,7 @@ class Choice:
     parked: int = 0
     keep_copy: bool = True
     reshard: bool = True
+    recorded: int = 0
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,7 @@ def most_careful(choices: Sequence[Choice]) -> Choice:
         parked=max(choice.parked for choice in choices),
         keep_copy=all(choice.keep_copy for choice in choices),
         reshard=any(choice.reshard for choice in choices),
+        recorded=min(choice.recorded for choice in choices),
     )
 
 
@@ -331,6 +335,7 @@ def choose(
             parked,
             setting.keep_copy,
             setting.reshard,
+            _recorded(config, setting, rung, plan, device_gib),
         )
     last = settings[-1]
     plan = predict(config, last, floor, rungs[-1])
@@ -338,6 +343,18 @@ def choose(
     return Choice(
         tokens or floor, rungs[-1], plan, False, False, parked, last.keep_copy, last.reshard
     )
+
+
+def _recorded(
+    config: ModelConfig, setting: Setting, rung: Recompute, plan: Prediction, device_gib: float
+) -> int:
+    """`Choice.recorded`: recordings share memory of their own, which nothing else may use."""
+    few = min(few_tokens(config), LARGEST_RECORDED)
+    if not setting.summed:
+        return 0
+    largest = predict(config, setting, recorded_size(few), rung)
+    own = largest.forward_backward - largest.state
+    return few if replace(plan, forward_backward=plan.peak + own).fits(device_gib) else 0
 
 
 def _without_a_device(

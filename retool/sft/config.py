@@ -77,6 +77,12 @@ class DataConfig:
         "longest samples would (or 8,192 per GPU, if these fit without more "
         "recomputation). The results are the same. false = never more samples.",
     )
+    record_micro_batches: bool = option(
+        False,
+        "Where a micro-batch has so few tokens that a GPU would wait for its host, launch it as "
+        "one CUDA graph, recorded at the third of its size, if there is memory for it. Not with "
+        "experts or replicas.",
+    )
     keep_documents_whole: bool = option(
         True,
         "With sequence parallelism: if the documents of a micro-batch spread evenly "

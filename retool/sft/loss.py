@@ -37,7 +37,16 @@ def loss_sum(model: Sharded, pack: PackedBatch) -> torch.Tensor:
     if len(trained) < MIN_SHARE_TO_SCORE_ALL * len(part.weights):
         chosen = to_device(trained, mesh.device)
 
-    at_once = sum_logit_bytes(mesh.device.type, recompute_of(model))
+    return sum_over_tokens(model, batch, chosen)
+
+
+def sum_over_tokens(
+    model: Sharded, batch: PackedBatch, chosen: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`loss_sum` of a rank's slice that is on the device. `chosen` int64 [n]: the tokens that are
+    scored; None: all.
+    """
+    at_once = sum_logit_bytes(model.mesh.device.type, recompute_of(model))
 
     def score(hidden_tD: torch.Tensor, weight_VD: torch.Tensor, cap: float = 0.0) -> torch.Tensor:
         if chosen is None:

@@ -123,7 +123,11 @@ def choose_for(report: SFTReport) -> Choice:
     fuller = decide(TOKENS_TO_FILL_A_GPU)
     # More tokens at once may not cost a recomputation that fewer do without
     same_price = choice == replace(
-        fuller, tokens=choice.tokens, prediction=choice.prediction, hold=choice.hold
+        fuller,
+        tokens=choice.tokens,
+        prediction=choice.prediction,
+        hold=choice.hold,
+        recorded=choice.recorded,
     )
     return fuller if fuller.fits and same_price else choice
 

@@ -17,6 +17,7 @@ from retool.parallel.fsdp import Sharded
 from retool.parallel.streams import start_copy_to_host
 from retool.perf import StepTimer
 from retool.sft.loss import loss_sum
+from retool.sft.recorded import SmallPacks
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def train_step(
     timer: StepTimer,
     hold_gradients: bool = False,
     beat: Callable[[], object] | None = None,
+    small: SmallPacks | None = None,
 ) -> Measured:
     """Forward and backward of this rank's micro-batches (whole packs, as many on every rank), clip,
     update.
@@ -59,7 +61,7 @@ def train_step(
     `trained_tokens` counts the global batch: the loss is its mean over them, whatever the layout.
     With `hold_gradients` they are reduced once, after the last micro-batch, instead of after each
     (`Sharded.no_sync`). `beat` is called before each: a large batch may take longer than a run may
-    be silent.
+    be silent. `small` runs those that are short.
     """
     mesh = model.mesh
     balance = balance_of(model)
@@ -76,6 +78,11 @@ def train_step(
             last = number == len(micro_batches)
             held = model.no_sync() if hold_gradients else nullcontext()
             with model.last_backward() if last else held:
+                if small is not None and small.takes(batch):
+                    scale = optimizer.loss_scale.value
+                    held_here = hold_gradients and not last
+                    total += small.run(batch, max(trained_tokens, 1), scale, held_here)
+                    continue
                 with counted(balance, optimizer.loss_scale.value):
                     # 1: all answers of a batch may have been cut off
                     loss = loss_sum(model, batch) / max(trained_tokens, 1)

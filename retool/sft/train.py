@@ -34,6 +34,7 @@ from retool.run.saving import save_step, say_saved
 from retool.run.session import Session, Skips, begin, load_model, open_session, same_plan
 from retool.run.skips import count_update
 from retool.sft.plan import SFTReport, packing_of
+from retool.sft.recorded import SmallPacks
 from retool.sft.step import Measured, train_step
 from retool.sft.validate import validate
 
@@ -43,7 +44,7 @@ class TrainState:
     """What survives a step; the first four as `retool.run.session.Progress` says.
 
     `pending` are steps whose numbers are still on the device. `between` are seconds of what came
-    after the last step: testing, a save.
+    after the last step: testing, a save. `small` runs micro-batches of few tokens.
     """
 
     step: int = 0
@@ -52,6 +53,7 @@ class TrainState:
     skips: Skips = field(default_factory=Skips)
     pending: list[PendingStep] = field(default_factory=list)
     between: dict[str, float] = field(default_factory=dict)
+    small: SmallPacks | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ def train(report: SFTReport, caller: Caller = COMMAND) -> int | None:
                 if stopping and not last:
                     break
             log_pending(session, state)
+            # Recorded collectives keep NCCL from ending
+            state.small = None
             finish(session, state)
         session.staging.close()
     return session.stop.received
@@ -113,6 +117,8 @@ def start(
         backend = model.module.execution.backend
         say(mesh, f"attention: {backend}; recomputation: {report.choice.recompute}")
     state = TrainState()
+    if report.config.data.record_micro_batches:
+        state.small = SmallPacks(model, report.choice.recorded)
     loaded = resume(report, mesh, model, optimizer)
     if loaded is not None:
         state.step = loaded.step
@@ -193,6 +199,7 @@ def one_step(session: Session[SFTReport], state: TrainState, batch: StepBatch) -
         session.timer,
         hold_gradients=report.choice.hold,
         beat=session.watchdog.beat,
+        small=state.small,
     )
     state.step += 1
     log_pending(session, state)

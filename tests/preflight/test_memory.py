@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from retool.batch import PackedBatch, Sample, pack
+from retool.data.packing import LARGEST_RECORDED
 from retool.model import offload
 from retool.model.block import rms_norm
 from retool.model.build import ModelOptions, build_decoder
@@ -244,6 +245,20 @@ def test_weights_stay_gathered_where_they_all_fit() -> None:
         config, Setting(shards=2), 8192, 8192, "none", tight
     ), "nothing else changes for it"
     assert choose(config, may, 8192, 8192, "none", None).reshard, "without a known device"
+
+
+def test_small_micro_batches_are_recorded_where_their_memory_is_there_besides() -> None:
+    config = model(**QWEN)
+    setting = Setting(shards=2, summed=True)
+    largest = predict(config, setting, LARGEST_RECORDED, "none")
+    own = (largest.forward_backward - largest.state) * SLACK / GIB
+    roomy = choose(config, setting, 8192, 8192, "none", 80)
+    assert LARGEST_RECORDED - 200 < roomy.recorded <= LARGEST_RECORDED
+    fits = (roomy.prediction.peak * SLACK + OUTSIDE) / GIB
+    assert choose(config, setting, 8192, 8192, "none", fits + own + 0.01) == roomy
+    tight = choose(config, setting, 8192, 8192, "none", fits + own - 0.01)
+    assert tight == replace(roomy, recorded=0), "nothing else changes for it"
+    assert not choose(config, replace(setting, summed=False), 8192, 8192, "none", 80).recorded
 
 
 def document(tokens: int) -> PackedBatch:

@@ -1,0 +1,145 @@
+"""A forward and a backward of a sharded module, recorded once and replayed with one launch.
+
+[Note: one launch for a micro-batch] A layer is some sixty launches, forward, backward and collectives
+together. With few tokens the device waits for them. A CUDA graph has all of them in one. Little stands
+in its way here: a unit never leaves its buffer, gradients are added into one shard, and no step of a
+forward or backward waits for the device. Two things have to be kept:
+  * what a recording reads lies in tensors that never move, and the same Python would run again: the
+    caller's key says so;
+  * an event of a recording means nothing outside it, nor one of outside in it. So the module is at
+    rest at both ends: nothing is under way, and no buffer holds a unit.
+A recording's collectives meet recorded ones: all ranks must give the same keys in the same order.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from retool.parallel.fsdp.sharded import Sharded
+from retool.parallel.streams import current_stream
+
+Work = Callable[[], torch.Tensor]  # a forward and its backward; gives the loss, without a history
+# Makes of work what does it again, and gives the result's memory
+Record = Callable[[Work, Sharded], Work]
+
+# Runs before a recording: kernels are compiled, plans and communicators made in the first
+ORDINARY_RUNS = 2
+
+
+@dataclass(frozen=True)
+class Recording:
+    """`holds`: whether each unit has held gradients afterwards, see `Gradients.holds`."""
+
+    replay: Work
+    holds: list[bool]
+
+
+class Recordings:
+    """What was recorded of one module, by key. See [Note: one launch for a micro-batch]."""
+
+    def __init__(self, model: Sharded, record: Record | None = None) -> None:
+        self.model = model
+        self.record = Graphs().record if record is None else record
+        self.made: dict[Hashable, Recording] = {}
+        self.runs = Counter[Hashable]()
+        self.fails = False
+
+    def run(self, key: Hashable, work: Work) -> torch.Tensor:
+        """Do the work: as it is at first, then recorded. The result is good until the key's next run."""
+        units = self.model.units
+        # What is held is added to, what isn't is written
+        key = (key, any(unit.gradients.holds for unit in units))
+        self.runs[key] += 1
+        if self.fails or self.runs[key] <= ORDINARY_RUNS:
+            return work()
+        come_to_rest(self.model)
+        if key not in self.made and not self._make(key, work):
+            return work()
+        recording = self.made[key]
+        result = recording.replay()
+        _set_holds(self.model, recording.holds)
+        self.model.overlap.follow_new_weights()
+        return result
+
+    def _make(self, key: Hashable, work: Work) -> bool:
+        """Record the work, of which nothing is computed yet. Where that can't be done, a warning says so,
+        and nothing more is recorded.
+        """
+        units = self.model.units
+        before = [unit.gradients.holds for unit in units]
+        try:
+            replay = self.record(work, self.model)
+        except Exception as error:  # whatever a library raises that can't be recorded
+            self.fails = True
+            forget_unfinished(self.model)
+            words = "small micro-batches aren't recorded here, and take the host longer"
+            warnings.warn(f"{words}: {error}", stacklevel=2)
+        else:
+            self.made[key] = Recording(replay, [unit.gradients.holds for unit in units])
+        _set_holds(self.model, before)
+        return not self.fails
+
+
+def _set_holds(model: Sharded, holds: list[bool]) -> None:
+    for unit, held in zip(model.units, holds, strict=True):
+        unit.gradients.holds = held
+
+
+def come_to_rest(model: Sharded) -> None:
+    """What follows comes after all that is under way, and gathers anew."""
+    held = [unit.gradients.held for unit in model.units]
+    for buffer in (*model.buffers, *model.grad_buffers, *held):
+        if buffer is not None:
+            buffer.settle()
+            buffer.free = None
+            buffer.holder = None
+    for unit in model.units:
+        unit.gradients.wait()
+        unit.gradients.sending = None
+
+
+def forget_unfinished(model: Sharded) -> None:
+    """As if a forward or backward that failed had not begun, and nothing were under way."""
+    held = [unit.gradients.held for unit in model.units]
+    for buffer in (*model.buffers, *model.grad_buffers, *held):
+        if buffer is not None:
+            buffer.pending = None
+            buffer.in_use = None
+    for unit in model.units:
+        unit.gradients.adding = None
+        unit.give_up()
+        for parameter in unit.parameters:
+            parameter.grad = None
+    come_to_rest(model)
+    model.overlap.follow_new_weights()
+
+
+class Graphs:
+    """CUDA graphs. What one of them needs while it runs is taken from `pool`, by all in turn."""
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+
+    def record(self, work: Work, model: Sharded) -> Work:
+        graph = torch.cuda.CUDAGraph()
+        overlap = model.overlap
+        # NCCL's watchdog and autograd have threads of their own
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            overlap.follow_new_weights()
+            result = work()
+            come_to_rest(model)
+            if overlap.gather_stream is not None:
+                current_stream().wait_stream(overlap.gather_stream)
+        self.pool = graph.pool()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return result
+
+        return replay
