@@ -98,7 +98,7 @@ class Question:
     """A checked row, before it is rendered."""
 
     messages: list[dict[str, Any]]
-    ground_truth: str
+    ground_truth: Any
     data_source: str
     ability: str
     extra_info: dict[str, Any]
@@ -251,7 +251,7 @@ def to_question(row: Mapping[str, Any], file: str, index: int, options: PromptOp
         given = _ground_truth(row, where, options.needs_truth)
     else:
         given = plain(row[answered])
-    truth = answer_of(given, where, options.needs_truth)
+    truth = truth_of(given, where, options.needs_truth)
     source = str(row.get("data_source") or Path(file).stem)
     ability = str(row.get("ability") or ability_of_columns)
     extra = without_nulls(plain(row.get("extra_info"))) or {}
@@ -307,6 +307,22 @@ def _ground_truth(row: Mapping[str, Any], where: str, needed: bool) -> Any:
             f"{where}: there is no reward_model.ground_truth, so nothing to judge an answer by: {NO_TRUTH}."
         )
     return truth
+
+
+def truth_of(value: Any, where: str, needed: bool = True) -> Any:
+    """A list or dict as it is, for a reward of the user's; anything else as `answer_of` has it.
+
+    Raises RowError where it is `needed`: ours compare a text.
+    """
+    if not isinstance(value, (list, dict)):
+        return answer_of(value, where, needed)
+    if needed:
+        raise RowError(
+            f"{where}: the truth is a {type(value).__name__}, and the built-in rewards compare a "
+            "text. Give one, or use a reward of your own (custom_reward_function.path), which gets "
+            "it as it is."
+        )
+    return value
 
 
 def answer_of(value: Any, where: str, needed: bool = True) -> str:

@@ -65,7 +65,7 @@ def _transcript(member: Scored, step: int, split: str, segments: Sequence[Segmen
         t.stop.value,
         t.num_turns,
         t.prompt.data_source,
-        t.prompt.ground_truth,
+        t.prompt.truth_text,
         split,
         {"score": member.score, **member.info},
     )

@@ -9,6 +9,7 @@ shares of a loss) counts it once. Only a model is given sequences: `objective/se
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -50,7 +51,8 @@ class Prompt:
 
     `ids` int32 [n] is the render, tool schemas and generation prompt included. `index` is its row;
     in a rollout it is its place in the endless stream of prompts, so that a prompt that comes again
-    in another epoch is another one. `row` is the row itself, where somebody asks for it.
+    in another epoch is another one. `ground_truth` is a text, or the row's list or dict. `row` is
+    the row itself, where somebody asks for it.
     """
 
     index: int
@@ -58,10 +60,19 @@ class Prompt:
     tools: list[dict[str, Any]] | None
     ids: np.ndarray
     data_source: str
-    ground_truth: str
+    ground_truth: Any
     extra_info: Mapping[str, Any] = field(default_factory=dict)
     ability: str = ""
     row: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def truth_text(self) -> str:
+        """The truth as text: a list or dict as JSON."""
+        return truth_as_text(self.ground_truth)
+
+
+def truth_as_text(truth: Any) -> str:
+    return truth if isinstance(truth, str) else json.dumps(truth, ensure_ascii=False)
 
 
 class ToolUse(NamedTuple):

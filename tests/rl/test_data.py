@@ -11,10 +11,13 @@ from dataclasses import replace
 import pytest
 
 from retool.data.render.renderer import Renderer
+from retool.rl.agent.environments.play import Attempt
 from retool.rl.agent.tools.interpreter import SCHEMA
 from retool.rl.config.data import ANSWER_FORMAT
 from retool.rl.data import PromptOptions, load_prompts, prompts_at, read_questions
-from tests.rl.conftest import make_prompt
+from retool.rl.reward.calling import Asked
+from retool.rl.reward.score import score_answer
+from tests.rl.conftest import make_prompt, make_trajectory
 
 OPTIONS = PromptOptions(answer_format=ANSWER_FORMAT)
 
@@ -106,6 +109,27 @@ def test_overlong_prompts_are_counted_with_the_tools_rendered(tmp_path, renderer
         load_prompts(
             [file], renderer, [SCHEMA], PromptOptions(answer_format=ANSWER_FORMAT, max_length=bare)
         )
+
+
+@pytest.mark.parametrize("truth", [["4", "four"], {"target": ["4"], "cases": [{"in": "#### 1,2"}]}])
+def test_a_truth_of_several_parts_reaches_ones_own_reward_as_it_is(
+    tmp_path, renderer_of, truth
+) -> None:
+    file = write(tmp_path, [general(truth=truth)])
+    renderer = renderer_of("hermes")
+    own = PromptOptions(needs_truth=False)
+    (prompt,), _ = load_prompts([file], renderer, None, own)
+    seen = []
+    score_answer(
+        lambda ground_truth, **_: seen.append(ground_truth) or 1.0,
+        Asked.about(make_trajectory(prompt)),
+    )
+    told = Attempt(prompt, 0).row()["reward_model"]["ground_truth"]
+    assert seen == [truth] and told == truth and told is not truth
+    assert json.loads(prompt.truth_text) == truth
+    kind = type(truth).__name__
+    with pytest.raises(ValueError, match=f"row 0: the truth is a {kind}, and the built-in rewards"):
+        load_prompts([file], renderer, None, PromptOptions())
 
 
 def test_truncation(tmp_path, renderer_of) -> None:

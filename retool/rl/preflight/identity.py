@@ -80,7 +80,7 @@ def fingerprint(questions: Questions | None) -> tuple[int, str]:
         part
         for prompt in prompts
         # Tokens, not texts: another template makes other questions of the same rows.
-        for part in (prompt.ids.tobytes(), prompt.data_source, prompt.ground_truth)
+        for part in (prompt.ids.tobytes(), prompt.data_source, prompt.truth_text)
     )
     return len(prompts), digest(*parts)
 

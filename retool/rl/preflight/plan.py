@@ -41,7 +41,7 @@ class Questions:
             for part in (
                 prompt.ids.tobytes(),
                 prompt.data_source,
-                prompt.ground_truth,
+                prompt.truth_text,
                 _given_besides(prompt),
             )
         )

@@ -26,7 +26,7 @@ from retool.rl.types import Prompt, Stop, Trajectory
 NO_NETWORK = re.compile(
     r"not permitted|Errno 1\b|Connect(ion)?Error|getaddrinfo|resol", re.IGNORECASE
 )
-NO_VARIABLE = re.compile(r"environ|api.?key|KeyError: '[A-Z_]+'|credential|token", re.IGNORECASE)
+NO_VARIABLE = re.compile(r"(?i:environ|api.?key|credential|token)|KeyError: '[A-Z][A-Z0-9_]+'")
 MAX_SOURCES_TRIED = 16  # data sources whose first question is tried
 
 
@@ -73,7 +73,7 @@ def _asked(
     verdicts = asyncio.run(_verdicts(judges, asked))
     for prompt, (judged, seconds) in zip(chosen, verdicts, strict=False):
         if judged.failure is not None:
-            yield _failed(where, judged, prompt, settings)
+            yield failed_trial(where, judged, prompt, settings)
         elif seconds > settings.timeout_seconds:
             yield _too_slow(seconds, prompt, settings)
 
@@ -104,7 +104,7 @@ def first_of_each_source(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 def made_answer(prompt: Prompt, answer: str) -> Trajectory:
     """`answer` ("auto": the truth in a box) as if the model had given it at once, without tokens."""
-    text = f"The answer is \\boxed{{{prompt.ground_truth}}}." if answer == "auto" else answer
+    text = f"The answer is \\boxed{{{prompt.truth_text}}}." if answer == "auto" else answer
     length = len(prompt.ids)
     nothing = np.zeros(length, np.float32)
     return Trajectory(
@@ -142,7 +142,7 @@ def _too_slow(seconds: float, prompt: Prompt, settings: RewardConfig) -> Fault:
     return Fault(f"reward_model.timeout_seconds={settings.timeout_seconds:g}", problem, way_out)
 
 
-def _failed(where: str, judged: Judged, prompt: Prompt, settings: RewardConfig) -> Fault:
+def failed_trial(where: str, judged: Judged, prompt: Prompt, settings: RewardConfig) -> Fault:
     """The fault, with what the function said and what it may have lacked."""
     told = judged.trace or judged.reason
     said = f"\n{judged.trace}\n" if judged.trace else f" {judged.reason}."

@@ -44,7 +44,7 @@ class Asked(NamedTuple):
 
     data_source: str
     solution: str
-    truth: str
+    truth: Any
     extra: Mapping[str, Any]
     seen: Mapping[str, Any] = {}
 

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from retool.rl.config.reward import RewardConfig
-from retool.rl.preflight.trial import try_reward
+from retool.rl.preflight.trial import failed_trial, try_reward
 from retool.rl.reward.async_judge import AsyncJudge
 from retool.rl.reward.calling import Asked
 from retool.rl.reward.judges import open_judges
@@ -142,6 +142,13 @@ def test_with_the_network_a_worker_still_has_no_secret_but_those_named(
     assert (
         "reward_model.environment names NOT_SET, which the run's environment lacks" in told.problem
     )
+
+
+@pytest.mark.parametrize(("key", "told"), [("JUDGE_KEY", True), ("special", False)])
+def test_a_variable_is_asked_for_where_one_lacks(key: str, told: bool) -> None:
+    failed = Judged(-1.0, trace=f"Traceback …\nKeyError: '{key}'", failure="exception")
+    fault = failed_trial("custom_reward_function", failed, make_prompt(), SETTINGS)
+    assert ("reward_model.environment=[NAME]" in fault.remedy) == told
 
 
 def test_an_async_function_judges_many_answers_at_once_in_the_runs_own_process() -> None:

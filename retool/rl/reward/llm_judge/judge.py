@@ -14,7 +14,7 @@ from retool.rl.reward.calling import Asked
 from retool.rl.reward.llm_judge.replies import Replies
 from retool.rl.reward.llm_judge.server import BudgetSpent, Server, ServerAway, ServerRefused
 from retool.rl.reward.protocol import BUDGET_SPENT, JUDGES_LOST, Judged
-from retool.rl.types import COUNTED, FAILURE
+from retool.rl.types import COUNTED, FAILURE, truth_as_text
 
 ASKED_ABOUT_GARBAGE = 2  # times that it is asked where its reply holds no score
 FIELDS = re.compile(r"\{(question|answer|ground_truth|conversation)\}")
@@ -156,7 +156,7 @@ def filled(
     values = {
         "question": str(question[-1]["content"]) if question else "",
         "answer": asked.solution,
-        "ground_truth": asked.truth or "(none)",
+        "ground_truth": truth_as_text(asked.truth) or "(none)",
         "conversation": "\n\n".join(f"{entry['role']}: {entry['content']}" for entry in messages),
     }
     # One pass over the prompt: {ground_truth} inside an answer is the answer's text, and isn't

@@ -13,6 +13,7 @@ from retool.rl.agent.environments.loop_thread import LoopThread
 from retool.rl.agent.environments.verifiers.conversation import Conversation
 from retool.rl.agent.environments.verifiers.world import VerifiersWorld
 from retool.rl.agent.extras import import_failed
+from retool.rl.types import truth_as_text
 
 HARNESS = "retool_in_process"  # what verifiers imports as the policy's program
 SECONDS_TO_END = 20.0
@@ -152,5 +153,5 @@ def task_of(row: Mapping[str, Any], env: Any) -> Any:
     if not given:
         told["prompt"] = row["prompt"]
     if "answer" in fields and "answer" not in told:
-        told["answer"] = row["reward_model"]["ground_truth"]
+        told["answer"] = truth_as_text(row["reward_model"]["ground_truth"])
     return kind(kind.data_type().model_validate(told), env.taskset.config.task)
