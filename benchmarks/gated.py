@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from retool.model.block import swiglu
-from retool.model.compile import compiled
+from retool.model.compiling.pieces import compiled
 from retool.model.fused import gated
 from retool.perf import GIB
 

@@ -29,7 +29,8 @@ from retool.engine.kernels.pages import Pages, Seen
 from retool.engine.kernels.place import can_place, place
 from retool.engine.kernels.sampling import sample
 from retool.model.block import Block
-from retool.model.compile import compiled_pieces, unviewed
+from retool.model.compiling.hidden import unviewed
+from retool.model.compiling.pieces import compiled_pieces
 from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder
 from retool.model.logits import capped, product, workspace

@@ -33,7 +33,8 @@ from retool.batch import PackedBatch
 from retool.model.attention.dispatch import attention, attention_forward_lse
 from retool.model.attention.joined import joined_attention
 from retool.model.attention.pack import Attended, pack_of
-from retool.model.compile import compiled, unviewed
+from retool.model.compiling.hidden import unviewed
+from retool.model.compiling.pieces import compiled
 from retool.model.config import ModelConfig
 from retool.model.experts.routing import Watch
 from retool.model.fused.gated import gated_down

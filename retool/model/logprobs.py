@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from retool.model.compile import eager
+from retool.model.compiling.hidden import eager
 from retool.model.logits import (
     accumulation_dtype,
     add_product,

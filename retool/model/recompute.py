@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from retool.batch import PackedBatch
 from retool.model.attention.pack import Attended
-from retool.model.compile import unviewed
+from retool.model.compiling.hidden import unviewed
 from retool.model.offload import Offload
 
 Recompute = Literal["none", "selective", "full", "offload"]

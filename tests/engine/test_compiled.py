@@ -15,7 +15,7 @@ from torch import nn
 from retool.batch import Sample, pack
 from retool.engine import Engine, SamplingParams
 from retool.model.build import ModelOptions
-from retool.model.compile import Compiled
+from retool.model.compiling.calls import Compiled
 from retool.model.logprobs import logprobs
 from retool.parallel.fsdp import Sharded
 from tests.engine.models import engine_of, forced, leaked, load, prompts, run

@@ -18,9 +18,10 @@ from torch._inductor import compile_fx
 from torch._inductor.output_code import OutputCode
 
 from retool.batch import Sample, pack
-from retool.model import compile as compiling
 from retool.model.build import ModelOptions, build_decoder
-from retool.model.compile import Compiled, compiled
+from retool.model.compiling import graphs
+from retool.model.compiling.calls import Compiled
+from retool.model.compiling.pieces import compiled
 from retool.model.decoder import Decoder
 from retool.model.recompute import Recompute
 from retool.parallel.mesh import make_mesh
@@ -66,6 +67,9 @@ class Halves(nn.Module):
 
     def added(self, x_t4: Tensor, y_t4: Tensor) -> Tensor:
         return x_t4 + y_t4
+
+    def turned(self, x_t4: Tensor) -> Tensor:
+        return (2 * x_t4.t().contiguous()).t()
 
 
 @pytest.fixture(scope="module")
@@ -211,11 +215,39 @@ def test_a_second_backward_is_refused(interpreted: None) -> None:
         out.backward(retain_graph=True)
 
 
+def test_a_result_that_lies_otherwise_goes_through_torch_compile(interpreted: None) -> None:
+    """Its gradient is asked for as the result lies, and a call of ours gives it contiguous."""
+    block = Halves()
+    piece = compiled(Halves.turned)
+    for _ in range(3):
+        x = rows(8, 1, requires_grad=True)
+        piece(block, x).sum().backward()
+        assert x.grad is not None and torch.equal(x.grad, torch.full((8, 4), 2.0))
+    assert not piece.calls
+
+
+def test_without_a_private_part_of_torch_blocks_go_through_torch_compile(
+    interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = Halves()
+    piece = compiled(Halves.added)
+    x, y = rows(8, 1), rows(8, 2)
+    torch._dynamo.reset()
+    monkeypatch.setattr(graphs, "PRIVATE_PARTS", (*graphs.PRIVATE_PARTS, "torch._C:_gone"))
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, inputs: graph.forward)
+    graphs.unknown_part.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"has no torch\._C\._gone: blocks are called through"):
+            assert torch.equal(piece(block, x, y), x + y)
+    finally:
+        graphs.unknown_part.cache_clear()
+    assert torch.equal(piece(block, x, y), x + y) and not piece.calls
+
+
 def trained(recompute: Recompute, again: bool, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Losses and gradients of four packs through a compiled decoder."""
     if not again:
-        monkeypatch.setattr(Compiled, "_first", Compiled._through)
-        monkeypatch.setattr(compiling.Call, "fits", lambda *_: False)
+        monkeypatch.setattr(Compiled, "__call__", lambda piece, block, *x: piece._through(block, x))
     config = replace(decoder_config(4, 2, vocab=31, hidden=16, ffn=24, layers=2, head_dim=4))
     options = ModelOptions(use_compile=True, recompute=recompute)
     model = build_decoder(config, make_mesh(), options)

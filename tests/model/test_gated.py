@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from retool.model.compile import compiled
+from retool.model.compiling.pieces import compiled
 from retool.model.fused.gated import ACTIVATIONS, Activation, gated_down
 from tests.interpreter import interpret
 

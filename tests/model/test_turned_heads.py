@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from retool.model.compile import compiled
+from retool.model.compiling.pieces import compiled
 from retool.model.fused.heads import turned
 from retool.model.rope import rotate
 from tests.interpreter import interpret

@@ -43,7 +43,7 @@ from retool.model.attention.cudnn import (
 from retool.model.attention.pack import Attended, Gradients, Pack, new_pack
 from retool.model.attention.parts import Parts
 from retool.model.attention.reference import reference_backward, reference_forward
-from retool.model.compile import applied, eager
+from retool.model.compiling.hidden import applied, eager
 
 T = TypeVar("T")
 CUDNN_FROM = (9, 0)  # compute capability: Hopper

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from retool.model.attention.dispatch import attention_backward, check, computed_or_kept
 from retool.model.attention.pack import Attended, Pack
 from retool.model.attention.parts import apart, together
-from retool.model.compile import applied, eager
+from retool.model.compiling.hidden import applied, eager
 
 
 @eager  # as `attention`
