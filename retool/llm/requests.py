@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from retool.data.tokens.bounds import failures_told
 from retool.llm.sampling import SamplingParams
 
 # A text, token ids, or either in a mapping as vLLM has them
@@ -55,10 +56,21 @@ def make_request(
     if isinstance(prompt, Mapping):
         given = prompt.get("prompt_token_ids", prompt.get("prompt"))
     if isinstance(given, str):
-        return Request(given, list(tokenizer(given)["input_ids"]), params, ends)
+        return Request(given, _encoded(given, tokenizer), params, ends)
     if isinstance(given, Sequence) and all(type(token) is int for token in given):
         return Request(None, list(given), params, ends)
     raise ValueError(f"a prompt is a text or a list of token ids, not {prompt!r:.80}.")
+
+
+def _encoded(text: str, tokenizer: Any) -> list[int]:
+    """A text's ids. ValueError for one that is no Unicode, or that the tokenizer's patterns choke on."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        problem = f"character {error.start} of a prompt is half of a surrogate pair: {text!r:.80}"
+        raise ValueError(f"{problem}. Send whole characters.") from error
+    with failures_told():
+        return list(tokenizer(text)["input_ids"])
 
 
 def check(ids: Sequence[int], room: int, vocabulary: int, number: int) -> None:

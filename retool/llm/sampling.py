@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+MOST_TOP_K = 2**31 - 1
+LEAST_TEMPERATURE = 1e-6
+MOST_TEMPERATURE = 1e6
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -41,8 +45,18 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.n < 1:
             raise ValueError(f"n={self.n}: a prompt has at least one answer.")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature={self.temperature}: it must be at least 0.")
+        if not 0 <= self.temperature <= MOST_TEMPERATURE:
+            raise ValueError(
+                f"temperature={self.temperature}: it must be at least 0, and at most {MOST_TEMPERATURE:g}."
+            )
+        # Logits divided by less are infinite
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature={self.temperature}: below {LEAST_TEMPERATURE:g} use 0, the likeliest token."
+            )
+        # The engine's batches hold it in 64 bits, and what they can't hold would end all requests
+        if abs(self.top_k) > MOST_TOP_K:
+            raise ValueError(f"top_k={self.top_k}: no vocabulary is so large. -1 filters nothing.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: it must be above 0 and at most 1.")
         if self.max_tokens is not None and self.max_tokens < 1:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import web
 
-from retool.serve.answering import as_json, respond
+from retool.serve.answering import respond
 from retool.serve.chat import ChatOptions, read_chat
 from retool.serve.completions import read_completion, require_model
 from retool.serve.engine_thread import EngineThread
 from retool.serve.errors import Refusal
 from retool.serve.generate import read_generate
+from retool.serve.shape import About
 from retool.serve.weights import Weights
 
 MOST_BODY_BYTES = 64 << 20
+LARGE_BODY_BYTES = 64 << 10
+T = TypeVar("T")
 OPEN = ("/health", "/ping")  # for whoever watches over the server, without a key
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -88,21 +92,29 @@ class Site:
 
     # ── answers
 
+    @property
+    def about(self) -> About:
+        """What answers say of their origin."""
+        return About(self.model, self.weights.mark)
+
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await _body(request)
         require_model(body, self.model)
-        asked = _read(lambda: read_completion(body, self.engine.llm, self.model))
+        asked = await _read(request, lambda: read_completion(body, self.engine.llm, self.about))
         return await respond(request, self.engine, asked)
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         body = await _body(request)
         require_model(body, self.model)
-        asked = _read(lambda: read_chat(body, self.engine.llm, self.model, self.chat))
+        asked = await _read(
+            request, lambda: read_chat(body, self.engine.llm, self.about, self.chat)
+        )
         return await respond(request, self.engine, asked)
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         body = await _body(request)
-        asked = _read(lambda: read_generate(body, self.engine.llm, self.weights.version))
+        version = self.weights.version
+        asked = await _read(request, lambda: read_generate(body, self.engine.llm, version))
         return await respond(request, self.engine, asked)
 
     # ── weights
@@ -172,9 +184,12 @@ async def _body(request: web.Request) -> Any:
         raise Refusal(400, f"the body is not JSON: {error}.") from error
 
 
-def _read(read: Callable[[], Any]) -> Any:
+async def _read(request: web.Request, read: Callable[[], T]) -> T:
     """What `read` reads. What it finds wrong with the values is a Refusal (400)."""
     try:
+        if len(await request.read()) > LARGE_BODY_BYTES:
+            # Tokens of a long text take seconds, in which nobody else would be answered
+            return await asyncio.to_thread(read)
         return read()
     except ValueError as error:
         raise Refusal(400, str(error)) from error
@@ -182,6 +197,5 @@ def _read(read: Callable[[], Any]) -> Any:
 
 def _refused(refusal: Refusal) -> web.Response:
     headers = {"Retry-After": "1"} if refusal.status in (429, 503) else None
-    return web.json_response(
-        refusal.as_dict(), status=refusal.status, headers=headers, dumps=as_json
-    )
+    # In ASCII: what was sent may hold what isn't Unicode, and a refusal quotes it
+    return web.json_response(refusal.as_dict(), status=refusal.status, headers=headers)

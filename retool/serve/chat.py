@@ -18,7 +18,7 @@ from retool.serve.completions import read_logprobs, read_stream_options, token_t
 from retool.serve.engine_thread import Piece
 from retool.serve.errors import Refusal
 from retool.serve.fields import Fields, sampling_of
-from retool.serve.shape import Envelope, Found, Question, usage_of
+from retool.serve.shape import About, Envelope, Found, Question, usage_of
 from retool.serve.turn_reader import Turn, TurnReader, as_tool_calls
 
 
@@ -30,7 +30,7 @@ class ChatOptions:
     splits: bool
 
 
-def read_chat(body: Any, llm: LLM, model: str, options: ChatOptions) -> Question:
+def read_chat(body: Any, llm: LLM, about: About, options: ChatOptions) -> Question:
     """The question in a request's body. Refusal (400) for what can't be answered."""
     fields = Fields(body)
     fields.raw("model")
@@ -39,10 +39,10 @@ def read_chat(body: Any, llm: LLM, model: str, options: ChatOptions) -> Question
     top = read_logprobs(fields, "top_logprobs", streams)
     if fields.take("logprobs", bool, False):
         logprobs = top or 0
-    max_tokens = fields.optional("max_tokens", int)
-    most = fields.optional("max_completion_tokens", int)
+    elif top is not None:
+        raise fields.refusal("top_logprobs", "means nothing without logprobs: true")
     tools = _tools(fields)
-    params = sampling_of(fields, most or max_tokens, logprobs, with_special_tokens=bool(tools))
+    params = sampling_of(fields, _most(fields), logprobs, with_special_tokens=bool(tools))
     with_usage = read_stream_options(fields)
     with_ids = fields.take("return_token_ids", bool, False)
     splits = fields.take("separate_reasoning", bool, options.splits)
@@ -65,7 +65,7 @@ def read_chat(body: Any, llm: LLM, model: str, options: ChatOptions) -> Question
         splits,
         tuple(llm.tokenizer.all_special_tokens) if hides and tools else (),
     )
-    form = ChatForm(request, reader, llm.tokenizer, model, with_ids, with_usage)
+    form = ChatForm(request, reader, llm.tokenizer, about, with_ids, with_usage)
     return Question([request], streams, form)
 
 
@@ -83,9 +83,22 @@ def _request(
     return llm.turn_request(renderer, ids, params)
 
 
+def _most(fields: Fields) -> int | None:
+    """How many tokens an answer may have, under either of two names."""
+    older = fields.optional("max_tokens", int)
+    most = fields.optional("max_completion_tokens", int)
+    if older is not None and most is not None and older != most:
+        raise fields.refusal(
+            "max_completion_tokens", f"is {most}, and max_tokens {older}: give one"
+        )
+    return older if most is None else most
+
+
 def _tools(fields: Fields) -> list[dict[str, Any]]:
     """The tools that the model is shown. None where it mayn't call any."""
     tools = fields.take("tools", list, [])
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise fields.refusal("tools", "must be a list of objects")
     choice = fields.raw("tool_choice")
     if choice not in (None, "auto", "none"):
         raise fields.refusal(
@@ -117,14 +130,14 @@ class ChatForm:
     request: Request
     reader: TurnReader
     tokenizer: Any
-    model: str
+    about: About
     with_ids: bool
     with_usage: bool
     shown: dict[int, Turn] = field(default_factory=dict)  # of each answer, in events
 
     def __post_init__(self) -> None:
-        self.whole_envelope = Envelope("chat.completion", self.model, "chatcmpl")
-        self.envelope = Envelope("chat.completion.chunk", self.model, "chatcmpl")
+        self.whole_envelope = Envelope("chat.completion", self.about, "chatcmpl")
+        self.envelope = Envelope("chat.completion.chunk", self.about, "chatcmpl")
 
     def whole(self, answers: Sequence[Answer], found: Found) -> dict[str, Any]:
         """See `Form`."""

@@ -14,13 +14,13 @@ from retool.llm.requests import Prompt, Request, several
 from retool.serve.engine_thread import Piece
 from retool.serve.errors import Refusal
 from retool.serve.fields import Fields, sampling_of
-from retool.serve.shape import Envelope, Found, Question, usage_of
+from retool.serve.shape import About, Envelope, Found, Question, usage_of
 
 MAX_LOGPROBS = 20
 MAX_TOKENS = 16  # OpenAI's default
 
 
-def read_completion(body: Any, llm: LLM, model: str) -> Question:
+def read_completion(body: Any, llm: LLM, about: About) -> Question:
     """The question in a request's body. Refusal (400) for what can't be answered."""
     fields = Fields(body)
     fields.raw("model")
@@ -33,7 +33,7 @@ def read_completion(body: Any, llm: LLM, model: str) -> Question:
     with_ids = fields.take("return_token_ids", bool, False)
     fields.finish()
     requests = [llm.text_request(prompt, params) for prompt in prompts]
-    form = CompletionForm(requests, llm.tokenizer, model, with_ids, with_usage)
+    form = CompletionForm(requests, llm.tokenizer, about, with_ids, with_usage)
     return Question(requests, streams, form)
 
 
@@ -73,14 +73,14 @@ class CompletionForm:
 
     requests: list[Request]
     tokenizer: Any
-    model: str
+    about: About
     with_ids: bool
     with_usage: bool
     shown: dict[int, int] = field(default_factory=dict)  # characters of each answer, in events
     offsets: dict[int, int] = field(default_factory=dict)  # where the next token's text begins
 
     def __post_init__(self) -> None:
-        self.envelope = Envelope("text_completion", self.model, "cmpl")
+        self.envelope = Envelope("text_completion", self.about, "cmpl")
 
     def whole(self, answers: Sequence[Answer], found: Found) -> dict[str, Any]:
         """See `Form`."""

@@ -46,11 +46,19 @@ class Question:
 
 
 @dataclass(frozen=True)
+class About:
+    """What answers say of their origin: the model's name, and the mark of its weights."""
+
+    model: str
+    mark: str
+
+
+@dataclass(frozen=True)
 class Envelope:
     """What stands around the choices of OpenAI's responses and events."""
 
     kind: str
-    model: str
+    about: About
     prefix: str
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -61,7 +69,8 @@ class Envelope:
             "id": f"{self.prefix}-{self.id}",
             "object": self.kind,
             "created": self.created,
-            "model": self.model,
+            "model": self.about.model,
+            "system_fingerprint": self.about.mark,
             "choices": choices,
             **more,
         }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retool.llm.folder import model_of
+from retool.rl.server.dialects import mark_of
 from retool.serve.engine_thread import EngineThread
 from retool.serve.errors import Refusal
 from retool.serve.fields import Fields
@@ -23,6 +24,10 @@ class Weights:
     may_change: bool
     version: str = "0"
     changes: int = 0
+    mark: str = ""
+
+    def __post_init__(self) -> None:
+        self.mark = self.mark or mark_of(str(self.engine.llm.folder))
 
     async def from_disk(self, body: Any) -> dict[str, Any]:
         """SGLang's `/update_weights_from_disk`."""
@@ -70,3 +75,4 @@ class Weights:
             raise Refusal(400, str(error), field) from error
         self.changes += 1
         self.version = version or str(self.changes)
+        self.mark = mark_of(folder)

@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from retool import LLM, SamplingParams
+from retool.serve import app
 from retool.serve.__main__ import main
 from tests import warm
 from tests.llm.models import write_model
@@ -199,6 +200,10 @@ def wait_until(happened: Any) -> None:
         ("/v1/completions", {"prompt": "a", "max_token": 3}, 400, "did you mean max_tokens?"),
         ("/v1/completions", {"prompt": "a", "presence_penalty": 1}, 400, "isn't supported"),
         ("/v1/completions", {"prompt": "a", "logprobs": 2, "stream": True}, 400, "can't stream"),
+        ("/v1/completions", {"prompt": "a", "top_k": 2**70}, 400, "no vocabulary is so large"),
+        ("/v1/completions", {"prompt": "a", "top_k": -(2**70)}, 400, "no vocabulary is so large"),
+        ("/v1/completions", {"prompt": "a", "temperature": 1e-38}, 400, "use 0, the likeliest"),
+        ("/v1/completions", {"prompt": "a", "temperature": 1e300}, 400, "at most 1e+06"),
         ("/v1/completions", {"prompt": [1] * 700}, 400, "has 700 tokens"),
         ("/v1/completions", {"prompt": [10**6]}, 400, "token id 1,000,000"),
         ("/v1/completions", {"prompt": "a", "n": 100}, 429, "room for 64"),
@@ -212,6 +217,20 @@ def wait_until(happened: Any) -> None:
             "'image_url' isn't supported",
         ),
         ("/v1/chat/completions", {"messages": MESSAGES, "tool_choice": "required"}, 400, "auto"),
+        ("/v1/chat/completions", {"messages": MESSAGES, "tools": [5]}, 400, "a list of objects"),
+        ("/v1/chat/completions", {"messages": MESSAGES, "top_logprobs": 2}, 400, "logprobs: true"),
+        (
+            "/v1/chat/completions",
+            {"messages": MESSAGES, "max_completion_tokens": 0},
+            400,
+            "max_tokens=0",
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": MESSAGES, "max_tokens": 1, "max_completion_tokens": 2},
+            400,
+            "give one",
+        ),
         ("/generate", {"text": "a", "stream": True}, 400, "use /v1/completions"),
         ("/generate", {"text": "a", "sampling_params": {"max_tokens": 1}}, 400, "max_new_tokens?"),
         ("/collective_rpc", {"method": "eval"}, 400, "there is reload_weights"),
@@ -231,6 +250,49 @@ def test_a_wrong_request_is_told_what_is_wrong(
 def test_a_body_that_is_no_json(server: Served) -> None:
     response = httpx.post(server.url + "/v1/completions", content=b"{")
     assert response.status_code == 400 and "not JSON" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [rb'{"prompt": "a\ud800"}', rb'{"prompt": "a", "\ud800": 1}'])
+def test_a_body_of_half_characters(server: Served, body: bytes) -> None:
+    response = httpx.post(server.url + "/v1/completions", content=body)
+    assert response.status_code == 400 and "ud800" in response.text
+
+
+def test_a_text_that_the_tokenizer_gives_up_at(
+    server: Served, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its panic is no Exception: the connection was closed without a word."""
+
+    class PanicException(BaseException):
+        pass
+
+    def give_up(*_: object, **__: object) -> None:
+        raise PanicException("Onig: Regex search error: retry-limit-in-match over")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(llm.tokenizer), "__call__", give_up)
+        response = server.post("/v1/completions", {"prompt": "a"})
+    assert response.status_code == 400 and "gives up at this text" in response.text
+
+
+def test_a_long_text_keeps_nobody_waiting(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokens are made beside the event loop."""
+    entered = threading.Event()
+    others_done = threading.Event()
+
+    def slow(*_: object) -> None:
+        entered.set()
+        assert others_done.wait(30)
+        raise ValueError("read at last")
+
+    monkeypatch.setattr(app, "read_completion", slow)
+    monkeypatch.setattr(app, "LARGE_BODY_BYTES", 10)
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(server.post, "/v1/completions", {"prompt": "a long text"})
+        assert entered.wait(30)
+        assert httpx.get(server.url + "/health", timeout=10).status_code == 200
+        others_done.set()
+        assert "read at last" in long.result(30).text
 
 
 def test_a_server_that_stops_takes_no_more(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:

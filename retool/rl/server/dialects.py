@@ -8,12 +8,14 @@ of 1, and nothing filtered, all of these are the same.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from retool.engine import SamplingParams
 
+MARK = "weights-"  # which every `mark_of` begins with
 VLLM = "vllm"
 SGLANG = "sglang"
 # Servers fill what a request leaves open from the model's generation_config.json or from their own
@@ -40,17 +42,25 @@ class Call(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """What a server sampled. `reason` is OpenAI's: "stop", "length", or another one of its own."""
+    """What a server sampled. `reason` is OpenAI's: "stop", "length", or another one of its own.
+    `mark` is of the weights that it was sampled with, "" where the server doesn't say.
+    """
 
     tokens: list[int]
     logp: list[float]
     reason: str
+    mark: str = ""
+
+
+def mark_of(folder: str) -> str:
+    """A short mark of the weights in a folder that nobody writes to again."""
+    return f"{MARK}{hashlib.blake2b(folder.encode(), digest_size=8).hexdigest()}"
 
 
 @dataclass(frozen=True)
 class Dialect:
     """One kind of server: `ask(model, ids, params, seed)` is the request for a turn, `read` takes its
-    response; `load(folder, version)` are the requests for other weights, in order, and `loaded` says
+    response; `load(folder, mark)` are the requests for other weights, in order, and `loaded` says
     why one wasn't done. `way_out`: where it has no such address.
     """
 
@@ -83,10 +93,11 @@ def _ask_vllm(model: str, ids: Sequence[int], params: SamplingParams, seed: int)
 def _read_vllm(response: Any) -> Sampled:
     (choice,) = response["choices"]
     logp = choice["logprobs"]["token_logprobs"] if choice["logprobs"] else []
-    return Sampled(list(choice["token_ids"]), list(logp), str(choice["finish_reason"]))
+    mark = str(response.get("system_fingerprint") or "")
+    return Sampled(list(choice["token_ids"]), list(logp), str(choice["finish_reason"]), mark)
 
 
-def _load_vllm(folder: str, version: str) -> list[Call]:
+def _load_vllm(folder: str, mark: str) -> list[Call]:
     reload = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
     # What it has computed of prompts is of the old weights. Where it still computes for somebody it
     # would keep that, and not say so: a request that was given up ends there a little later than here
@@ -114,11 +125,13 @@ def _read_sglang(response: Any) -> Sampled:
     meta = response["meta_info"]
     pairs = meta["output_token_logprobs"]
     tokens = [int(entry[1]) for entry in pairs]
-    return Sampled(tokens, [entry[0] for entry in pairs], str(meta["finish_reason"]["type"]))
+    logp = [entry[0] for entry in pairs]
+    mark = str(meta.get("weight_version") or "")
+    return Sampled(tokens, logp, str(meta["finish_reason"]["type"]), mark)
 
 
-def _load_sglang(folder: str, version: str) -> list[Call]:
-    body = {"model_path": folder, "weight_version": version, "flush_cache": True}
+def _load_sglang(folder: str, mark: str) -> list[Call]:
+    body = {"model_path": folder, "weight_version": mark, "flush_cache": True}
     return [Call("/update_weights_from_disk", body)]
 
 

@@ -75,7 +75,7 @@ class ServerEngine:
             clear(self.folder)
         problem = write_weights(sharded, target, self.model_folder)
         if mesh.rank == 0 and not problem:
-            bring(self.fleet, self.options, target, self.version)
+            bring(self.fleet, self.options, target)
         found = gather_objects((problem, self.fleet), mesh.world_group)
         problem, fleet = found[0]
         if problem:

@@ -45,13 +45,15 @@ class ServerRefused(RuntimeError):
 @dataclass(eq=False)
 class Server:
     """A server. `lost` is why it is left out, "" while it isn't; `dialect` and `model` are known once
-    it has been met.
+    it has been met, and `mark` once it has weights. `tells`: its answers have held that mark.
     """
 
     url: str
     dialect: Dialect | None = None
     model: str = ""
     lost: str = ""
+    mark: str = ""
+    tells: bool = False
     under_way: int = 0
 
 

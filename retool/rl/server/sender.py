@@ -9,13 +9,14 @@ import json
 import threading
 from collections.abc import Hashable
 from dataclasses import dataclass
+from math import isfinite
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import aiohttp
 
 from retool.engine import SamplingParams
-from retool.rl.server.dialects import Sampled
+from retool.rl.server.dialects import MARK, Sampled
 from retool.rl.server.fleet import Fleet, Server, ServerOptions, ServerRefused
 
 CONNECT_SECONDS = 10.0
@@ -23,6 +24,9 @@ FIRST_WAIT_SECONDS = 0.1  # before the first try again; each next wait is twice 
 LONGEST_WAIT_SECONDS = 10.0
 BUSY = 429
 SHOWN_CHARACTERS = 300  # of what a server says
+OTHER_WEIGHTS = (
+    "it answers with other weights than it was given: it was started again, or another run uses it"
+)
 
 
 @dataclass(eq=False)
@@ -163,18 +167,32 @@ class Sender:
             async with self._session.post(url, json=body) as response:
                 text = await response.text()
                 return response.status, text if response.ok else text[:SHOWN_CHARACTERS]
+        except aiohttp.ServerTimeoutError:
+            return None, f"no connection within {CONNECT_SECONDS:g} seconds"
         except asyncio.TimeoutError as error:
             raise _Lost(f"it took more than {self.options.timeout_s:g} seconds") from error
         except aiohttp.ClientError as error:
             return None, f"{type(error).__name__}: {error}"
 
 
+def _require_own_weights(server: Server, mark: str) -> None:
+    """_Lost where a turn was sampled with other weights than this server was given last."""
+    if mark == server.mark:
+        server.tells = True
+    # Others may mean something else by this field: only what is like a mark, or has been one, counts
+    elif mark.startswith(MARK) or (mark and server.tells):
+        raise _Lost(OTHER_WEIGHTS)
+
+
 def _read(server: Server, text: str) -> Sampled:
-    """A turn, with as many log-probabilities as tokens. ServerRefused for anything else."""
+    """A turn, with as many log-probabilities as tokens. ServerRefused for anything else, _Lost where
+    it was sampled with other weights than this run's.
+    """
     assert server.dialect is not None
     try:
         sampled = server.dialect.read(json.loads(text))
-        numbers = all(isinstance(value, (int, float)) for value in sampled.logp)
+        _require_own_weights(server, sampled.mark)
+        numbers = all(isfinite(value) for value in sampled.logp)
         if numbers and len(sampled.logp) == len(sampled.tokens):
             return sampled
         problem = "its log-probabilities aren't those of its tokens"

@@ -22,6 +22,7 @@ from retool.rl.server.dialects import (
     VLLM,
     VLLM_SETTINGS,
     logprobs_mode,
+    mark_of,
 )
 from retool.rl.server.fleet import Fleet, Server, ServerOptions
 
@@ -71,7 +72,7 @@ def write_weights(sharded: Sharded, folder: Path, model_folder: Path) -> str:
     return problem
 
 
-def bring(fleet: Fleet, options: ServerOptions, folder: Path, version: int) -> None:
+def bring(fleet: Fleet, options: ServerOptions, folder: Path) -> None:
     """Have every server load `folder`, side by side. One that can't is left out; one that was left
     out, and answers again, is back.
     """
@@ -79,7 +80,7 @@ def bring(fleet: Fleet, options: ServerOptions, folder: Path, version: int) -> N
     def load(server: Server) -> str:
         try:
             _meet(server, options)
-            _load(server, options, folder, version)
+            _load(server, options, folder)
         except (httpx.HTTPError, OSError, ValueError, LookupError) as error:
             return str(error) or type(error).__name__
         return ""
@@ -139,10 +140,11 @@ def _require_tempered(server: Server, options: ServerOptions) -> None:
         )
 
 
-def _load(server: Server, options: ServerOptions, folder: Path, version: int) -> None:
+def _load(server: Server, options: ServerOptions, folder: Path) -> None:
     """ValueError where the weights weren't loaded."""
     assert server.dialect is not None
-    for call in server.dialect.load(str(folder), str(version)):
+    server.mark = mark_of(str(folder))
+    for call in server.dialect.load(str(folder), server.mark):
         response = httpx.post(
             server.url + call.path,
             json=dict(call.body),

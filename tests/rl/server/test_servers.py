@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import httpx
 import pytest
 import torch
 from transformers import Qwen2ForCausalLM
@@ -26,8 +28,10 @@ from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh
 from retool.rl.config import RLConfig
 from retool.rl.preflight.servers import server_faults
+from retool.rl.server.dialects import DIALECTS, mark_of
 from retool.rl.server.engine import ServerEngine
-from retool.rl.server.fleet import Fleet, ServerOptions, ServerRefused, ServersGone
+from retool.rl.server.fleet import Fleet, Server, ServerOptions, ServerRefused, ServersGone
+from retool.rl.server.sender import _Lost, _read, _require_own_weights
 from tests.llm.models import write_model
 from tests.rl.test_config import REQUIRED
 from tests.serve.server import serving
@@ -213,6 +217,71 @@ def test_what_a_server_refuses_ends_the_run(
         engine.start("a", [6], GREEDY)
         (turn,) = until_idle(engine)
         assert turn.key == "a" and len(turn.tokens) == 6
+
+
+@pytest.mark.parametrize("dialect", ["auto", pytest.param("sglang", marks=pytest.mark.slow)])
+def test_a_server_with_other_weights_is_left_out(
+    dialect: str,
+    urls: tuple[str, str],
+    trained: Sharded,
+    folder: Path,
+    tmp_path: Path,
+) -> None:
+    """It was started again in mid-step, or another run brought its own; until the next update."""
+    with engine_of(urls, tmp_path, folder, dialect=dialect) as engine:
+        engine.sync(trained)
+        want = tokens_of(roll(engine, GREEDY))
+        httpx.post(urls[1] + "/collective_rpc", json=reload(folder)).raise_for_status()
+        with pytest.warns(UserWarning, match="other weights than it was given"):
+            assert tokens_of(roll(engine, GREEDY)) == want
+        assert [server.url for server in engine.fleet.there] == [urls[0]]
+        engine.sync(trained)
+        assert len(engine.fleet.there) == 2 and tokens_of(roll(engine, GREEDY)) == want
+
+
+def reload(folder: Path) -> dict[str, Any]:
+    return {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+
+
+def test_a_mark_counts_where_it_is_one() -> None:
+    """Other servers may say anything in this field, until they have said the mark."""
+    server = Server("http://x", DIALECTS["sglang"], mark=mark_of("/run/retool-weights-1"))
+    _require_own_weights(server, "default")
+    _require_own_weights(server, server.mark)
+    for other in ("default", mark_of("/other/retool-weights-1")):
+        with pytest.raises(_Lost, match="other weights"):
+            _require_own_weights(server, other)
+    _require_own_weights(server, "")
+
+
+@pytest.mark.parametrize("logp", ["NaN", "null", "-Infinity"])
+def test_log_probabilities_are_numbers(logp: str) -> None:
+    server = Server("http://x", DIALECTS["sglang"])
+    meta = f'{{"output_token_logprobs": [[{logp}, 5, null]], "finish_reason": {{"type": "stop"}}}}'
+    with pytest.raises(ServerRefused, match="an answer of another form"):
+        _read(server, f'{{"meta_info": {meta}}}')
+
+
+def test_a_server_that_takes_no_connection(
+    urls: tuple[str, str],
+    trained: Sharded,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is told as that, and not as a request that took too long."""
+
+    def silent(*_: object, **__: object) -> None:
+        raise aiohttp.ConnectionTimeoutError("Connection timeout to host")
+
+    with engine_of(urls, tmp_path, folder, retries=0) as engine:
+        engine.sync(trained)
+        monkeypatch.setattr(aiohttp.ClientSession, "post", silent)
+        engine.start("a", [5], GREEDY)
+        with warnings.catch_warnings(), pytest.raises(ServersGone, match="no connection within 10"):
+            warnings.simplefilter("ignore")
+            until_idle(engine)
+        engine.drop("a")
 
 
 def test_servers_that_cant_be_used_are_named(
