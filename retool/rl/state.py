@@ -91,7 +91,8 @@ def group_to_plain(group: Group) -> dict[str, Any]:
 
 def _member_to_plain(member: Scored) -> dict[str, Any]:
     trajectory = member.trajectory
-    arrays = {name: torch.from_numpy(getattr(trajectory, name).copy()) for name in ARRAYS}
+    names = ARRAYS if trajectory.experts is None else (*ARRAYS, "experts")
+    arrays = {name: torch.from_numpy(getattr(trajectory, name).copy()) for name in names}
     numbers = {name: getattr(trajectory, name) for name in NUMBERS}
     return {
         **arrays,
@@ -114,7 +115,8 @@ def group_from_plain(entry: Mapping[str, Any], prompt_of: PromptOf) -> Group:
 
 
 def _member_from_plain(entry: Mapping[str, Any], prompt: Prompt) -> Scored:
-    arrays = {name: entry[name].numpy() for name in ARRAYS}
+    names = ARRAYS if "experts" not in entry else (*ARRAYS, "experts")
+    arrays = {name: entry[name].numpy() for name in names}
     # An older checkpoint has fewer
     numbers = {name: entry[name] for name in NUMBERS if name in entry}
     numbers["turn_rewards"] = tuple(entry.get("turn_rewards", ()))

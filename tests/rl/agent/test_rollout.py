@@ -386,12 +386,17 @@ def test_kept_groups_survive_a_checkpoint(tmp_path) -> None:
     from retool.checkpoint.format.state_dicts import frozen
 
     prompt = make_prompt(11)
+    members = [scored(prompt, k, 1.0) for k in range(2)]
+    # Without these a resumed run would route the tokens anew, and go on with other numbers.
+    routed = members[0].trajectory
+    experts = np.arange(2 * len(routed), dtype=np.int16).reshape(-1, 1, 2)
+    members[0] = replace(members[0], trajectory=replace(routed, experts=experts))
     state = TrainState(
         0.5,
         step=4,
         updates=8,
         position=24,
-        kept=[Group(prompt, [scored(prompt, k, 1.0) for k in range(2)])],
+        kept=[Group(prompt, members)],
     )
     (tmp_path / "data.pt").write_bytes(frozen(state.data_state(), "data_state"))
     data = torch.load(tmp_path / "data.pt", weights_only=True)
@@ -403,7 +408,9 @@ def test_kept_groups_survive_a_checkpoint(tmp_path) -> None:
         24,
         4,
     )
-    assert back.kept[0].members[1].trajectory.turn_rewards == (0.0, 0.25)
+    first, second = (member.trajectory for member in back.kept[0].members)
+    assert first.experts is not None and np.array_equal(first.experts, experts)
+    assert second.experts is None and second.turn_rewards == (0.0, 0.25)
     before = group_to_plain(state.kept[0])
     after = group_to_plain(back.kept[0])
     for one, other in zip(before["members"], after["members"], strict=True):
