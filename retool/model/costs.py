@@ -29,11 +29,12 @@ NO_QUADRATIC_LENGTH = 1 << 40
 FEW = 3e10
 
 
-def layer_costs(config: ModelConfig, sp: int = 1) -> LayerCosts:
+def layer_costs(config: ModelConfig, sp: int = 1, compiled: bool = True) -> LayerCosts:
     """What a layer costs, as its family says, under `sp` sequence-parallel ranks."""
     if isinstance(config, BorrowedConfig):
-        return borrowed_costs(config)
-    return FAMILIES[config.family].costs(config, sp)
+        return borrowed_costs(config)  # never compiled, and measured so
+    costs = FAMILIES[config.family].costs(config, sp)
+    return costs if compiled else costs.as_uncompiled()
 
 
 def multiplied_parameters(config: ModelConfig) -> int:

@@ -182,6 +182,7 @@ def setting_of(options: RunOptions, world: World) -> Setting:
         may_stay=fsdp.reshard_after_forward == "auto" and not fsdp.param_offload and shards > 1,
         fp32_residual=options.fp32_residual,
         summed=options.command == "retool.sft",
+        compiled=cuda if options.model.use_compile == "auto" else options.model.use_compile,
     )
 
 

@@ -52,7 +52,7 @@ class Setting:
     them. `keep_copy`: a rank's shard is there in the compute dtype too, else cast at every gather.
     `may_stay`: where there is room, weights stay gathered from the forward to the backward, as they
     do without `reshard`. `fp32_residual`: blocks add up in fp32 whatever they compute in. `summed`:
-    the loss is one weighted sum over tokens, as SFT's is.
+    the loss is one weighted sum over tokens, as SFT's is. `compiled`: the blocks are.
     """
 
     shards: int = 1
@@ -69,6 +69,7 @@ class Setting:
     keep_copy: bool = True
     fp32_residual: bool = False
     summed: bool = False
+    compiled: bool = True
 
     @property
     def master_bytes(self) -> int:
@@ -228,7 +229,8 @@ def activation_bytes(config: ModelConfig, tokens: int, layer: int, away: int) ->
 
 def layer_bytes(config: ModelConfig, setting: Setting, recompute: Recompute) -> int:
     """Bytes that one layer keeps for the backward, per token of this rank."""
-    return setting.element.of(layer_costs(config, setting.sp).kept[recompute])
+    costs = layer_costs(config, setting.sp, setting.compiled)
+    return setting.element.of(costs.kept[recompute])
 
 
 def table_bytes(config: ModelConfig, setting: Setting) -> int:
@@ -259,7 +261,7 @@ def head_bytes(config: ModelConfig, setting: Setting, tokens: int, recompute: Re
 
 def block_bytes(config: ModelConfig, setting: Setting, tokens: int, recompute: Recompute) -> int:
     """What one block's backward needs beside what is kept."""
-    costs = layer_costs(config, setting.sp)
+    costs = layer_costs(config, setting.sp, setting.compiled)
     element = setting.element
     whole_block = recompute in ("full", "offload")
     if whole_block and setting.ep == 1 and len(token_chunks(tokens)) > 1:

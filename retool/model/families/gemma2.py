@@ -23,7 +23,7 @@ from retool.model.hf.fields import number, refused, size, switch, without_agreed
 from retool.model.hf.names import Stored, gate_up_down, query_key_value
 from retool.model.hf.shape import read_shape
 from retool.model.hf.windows import FULL, SLIDING, by_kind, window_size
-from retool.model.layer_costs.cost import Cost, LayerCosts
+from retool.model.layer_costs.cost import Cost, LayerCosts, Uncompiled
 from retool.model.layer_costs.dense import gated_block_costs
 from retool.model.rope import rotate
 
@@ -86,14 +86,26 @@ def _cap(c: dict[str, Any], name: str, default: float) -> float:
     return 0.0 if given is None else number({name: given}, name, default)
 
 
-def costs(config: ModelConfig, sp: int, more: tuple[Cost, ...] = ()) -> LayerCosts:
-    """`more` is kept besides, where what is before attention isn't recomputed."""
+def costs(
+    config: ModelConfig, sp: int, more: tuple[Cost, ...] = (), uncompiled: tuple[Cost, ...] = ()
+) -> LayerCosts:
+    """`more` and `uncompiled` as in `gated_block_costs`."""
     plain = gated_block_costs(config, sp, more=more)
     added = (
         Cost("what attention and the MLP add, before its norm", 2 * config.hidden),
         Cost("those norms' scales", 2, "fp32"),
     )
-    return replace(plain, kept={**plain.kept, "none": (*plain.kept["none"], *added)})
+    # A norm keeps its input, and that scaled, both in the dtype of sums
+    before = Cost("the first norm's two", 2 * config.hidden, "sums")
+    after = Cost(
+        "the other norms' six, in place of four in the weights' dtype", 4 * config.hidden, "sums"
+    )
+    gated = Cost("gelu of gate, and its product with up", 2 * config.ffn)
+    return replace(
+        plain,
+        kept={**plain.kept, "none": (*plain.kept["none"], *added)},
+        uncompiled=Uncompiled((before, *uncompiled), (after, gated)),
+    )
 
 
 class Block(block.Block):

@@ -68,7 +68,11 @@ def costs(config: ModelConfig, sp: int) -> LayerCosts:
         Cost("q k v before the norms of heads", c.query_width + 2 * c.key_width),
         Cost("the norms' scales", c.heads + c.kv_heads, "fp32"),
     )
-    return gemma2.costs(config, sp, normed)
+    wide = (
+        Cost("queries and keys in the dtype of sums", c.query_width + c.key_width, "sums"),
+        Cost("queries scaled likewise, in place of them in their own", c.query_width),
+    )
+    return gemma2.costs(config, sp, normed, wide)
 
 
 class Block(gemma2.Block):

@@ -20,8 +20,8 @@ from retool.model.config import ModelConfig
 from retool.model.hf.fields import switch
 from retool.model.hf.names import Stored, gate_up_down, normed_attention
 from retool.model.hf.shape import read_shape
-from retool.model.layer_costs.cost import Cost, LayerCosts
-from retool.model.layer_costs.dense import gated_block_costs
+from retool.model.layer_costs.cost import Cost, LayerCosts, Uncompiled
+from retool.model.layer_costs.dense import gated_block_costs, wide_heads
 from retool.model.rope import rotate
 
 FIELDS = frozenset({"attention_bias"})  # beside those that every family has
@@ -36,7 +36,11 @@ def read_config(c: dict[str, Any]) -> ModelConfig:
 
 
 def costs(config: ModelConfig, sp: int) -> LayerCosts:
-    return gated_block_costs(config, sp, more=norms_of_all_heads(config))
+    plain = gated_block_costs(config, sp, more=norms_of_all_heads(config))
+    # No norm is before attention, but for those of heads
+    norms = Cost("results of attention and the MLP in the dtype of sums", 2 * config.hidden, "sums")
+    gated = Cost("silu of gate, and its product with up", 2 * config.ffn)
+    return replace(plain, uncompiled=Uncompiled(wide_heads(config), (norms, gated)))
 
 
 def norms_of_all_heads(c: ModelConfig) -> tuple[Cost, ...]:

@@ -25,6 +25,7 @@ from retool.model.hf.fields import refused, switch
 from retool.model.hf.names import Stored, normed_attention
 from retool.model.hf.shape import read_shape
 from retool.model.layer_costs.cost import LayerCosts
+from retool.model.layer_costs.dense import wide_heads
 from retool.model.layer_costs.experts import expert_costs
 
 # beside those that every family has
@@ -53,7 +54,7 @@ def costs(
     config: ModelConfig,
     sp: int,
 ) -> LayerCosts:
-    return expert_costs(config, sp, more=olmo2.norms_of_all_heads(config))
+    return expert_costs(config, sp, olmo2.norms_of_all_heads(config), wide_heads(config))
 
 
 class Block(olmo2.Block):

@@ -24,7 +24,7 @@ from retool.model.hf.names import Stored, gate_up_down, normed_attention
 from retool.model.hf.shape import read_shape
 from retool.model.hf.windows import from_a_layer_on
 from retool.model.layer_costs.cost import Cost, LayerCosts
-from retool.model.layer_costs.dense import gated_block_costs
+from retool.model.layer_costs.dense import gated_block_costs, wide_heads
 from retool.model.rope import rotate
 
 FIELDS = WINDOWS | {"attention_bias"}  # beside those that every family has
@@ -43,7 +43,7 @@ def read_config(c: dict[str, Any]) -> ModelConfig:
 
 
 def costs(config: ModelConfig, sp: int) -> LayerCosts:
-    return gated_block_costs(config, sp, more=norms_of_heads(config))
+    return gated_block_costs(config, sp, norms_of_heads(config), wide_heads(config))
 
 
 def norms_of_heads(c: ModelConfig) -> tuple[Cost, ...]:

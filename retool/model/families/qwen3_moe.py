@@ -25,6 +25,7 @@ from retool.model.hf.names import Stored, normed_attention
 from retool.model.hf.shape import read_shape
 from retool.model.hf.windows import in_every_layer, where_switched_on
 from retool.model.layer_costs.cost import LayerCosts
+from retool.model.layer_costs.dense import wide_heads
 from retool.model.layer_costs.experts import expert_costs
 
 # beside those that every family has
@@ -64,7 +65,7 @@ def costs(
     config: ModelConfig,
     sp: int,
 ) -> LayerCosts:
-    return expert_costs(config, sp, more=qwen3.norms_of_heads(config))
+    return expert_costs(config, sp, qwen3.norms_of_heads(config), wide_heads(config))
 
 
 class Block(qwen3.Block):

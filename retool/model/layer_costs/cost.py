@@ -6,7 +6,7 @@ A family's `costs` gives a `LayerCosts`. Whoever plans memory or counts FLOPs on
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from retool.model.recompute import Recompute
@@ -61,6 +61,19 @@ class ChunkedBackward:
 
 
 @dataclass(frozen=True)
+class Uncompiled:
+    """What an uncompiled block keeps besides: of what is before attention, and of what is after.
+
+    Every operation keeps its own: a norm its input in the dtype of sums and its result before the
+    weight, a gated MLP both factors of its product and the product. What the compiled block keeps and
+    this one doesn't is taken off.
+    """
+
+    before: tuple[Cost, ...] = ()
+    after: tuple[Cost, ...] = ()
+
+
+@dataclass(frozen=True)
 class LayerCosts:
     """What one layer costs.
 
@@ -71,6 +84,7 @@ class LayerCosts:
     recomputes, what is gone before the gradients are there. `unused`: elements of the matrices that
     a token isn't multiplied with, as its experts are others. `divided`: elements that ranks may divide;
     where they do, `travelling` is there in the block's backward besides, if tokens spread evenly.
+    `uncompiled`: see `as_uncompiled`.
     """
 
     before: tuple[Cost, ...]
@@ -83,6 +97,25 @@ class LayerCosts:
     unused: int = 0
     divided: int = 0
     travelling: tuple[Cost, ...] = ()
+    uncompiled: Uncompiled = Uncompiled()
+
+    def as_uncompiled(self) -> LayerCosts:
+        """What the block costs where it isn't compiled.
+
+        `gradients` stays: freed step by step, those of an uncompiled block need a little less.
+        """
+        before = self.uncompiled.before
+        after = self.uncompiled.after
+        kept = dict(self.kept)
+        kept["none"] = (*kept["none"], *before, *after)
+        if "selective" in kept:
+            kept["selective"] = (*kept["selective"], *before)
+        chunked = replace(
+            self.chunked,
+            throughout=(*self.chunked.throughout, *before),
+            mlp=(*self.chunked.mlp, *after),
+        )
+        return replace(self, kept=kept, chunked=chunked)
 
     @property
     def parameters(self) -> int:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from retool.model.config import ModelConfig
-from retool.model.layer_costs.cost import ChunkedBackward, Cost, LayerCosts
+from retool.model.layer_costs.cost import ChunkedBackward, Cost, LayerCosts, Uncompiled
 from retool.parallel.ulysses import HeadPlan
 
 
-def gated_block_costs(config: ModelConfig, sp: int, more: Sequence[Cost] = ()) -> LayerCosts:
+def gated_block_costs(
+    config: ModelConfig, sp: int, more: Sequence[Cost] = (), uncompiled: Sequence[Cost] = ()
+) -> LayerCosts:
     """A block of attention and a gated MLP with a norm before each, under `sp` sequence ranks.
 
-    `more` is kept besides, where what is before attention isn't recomputed.
+    `more` is kept besides, where what is before attention isn't recomputed, and `uncompiled` besides
+    that where the block isn't compiled.
     """
     c = config
     plan = HeadPlan(sp, 0, c.heads, c.kv_heads, c.head_dim)
@@ -55,6 +58,25 @@ def gated_block_costs(config: ModelConfig, sp: int, more: Sequence[Cost] = ()) -
         ),
         freed_early=(),
         chunked=_chunked_backward(c, qkv, returned),
+        uncompiled=Uncompiled(
+            before=(
+                Cost("the input in the dtype of sums", c.hidden, "sums"),
+                Cost("its norm before the weight", c.hidden),
+                *uncompiled,
+            ),
+            after=(
+                Cost("the sum in the dtype of sums, in place of that in its own", c.hidden),
+                Cost("silu of gate, and its product with up", 2 * c.ffn),
+            ),
+        ),
+    )
+
+
+def wide_heads(c: ModelConfig) -> tuple[Cost, ...]:
+    """What norms of queries and keys keep besides, uncompiled."""
+    return (
+        Cost("queries in the dtype of sums", c.query_width, "sums"),
+        Cost("keys likewise, in place of the values", c.key_width),
     )
 
 

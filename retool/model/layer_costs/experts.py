@@ -10,16 +10,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from retool.model.config import ModelConfig
-from retool.model.layer_costs.cost import Cost, LayerCosts
+from retool.model.layer_costs.cost import Cost, LayerCosts, Uncompiled
 from retool.model.layer_costs.dense import gated_block_costs
 
 
-def expert_costs(config: ModelConfig, sp: int, more: Sequence[Cost] = ()) -> LayerCosts:
-    """A block of attention and experts with a norm before each; `more` as in `gated_block_costs`."""
+def expert_costs(
+    config: ModelConfig, sp: int, more: Sequence[Cost] = (), uncompiled: Sequence[Cost] = ()
+) -> LayerCosts:
+    """A block of attention and experts with a norm before each; `more` and `uncompiled` as in
+    `gated_block_costs`.
+    """
     sizes = config.experts
     assert sizes is not None
     per_token = sizes.per_token
-    dense = gated_block_costs(replace(config, ffn=per_token * sizes.width), sp, more)
+    as_wide = replace(config, ffn=per_token * sizes.width)
+    dense = gated_block_costs(as_wide, sp, more, uncompiled)
     expert = 3 * config.hidden * sizes.width
     matrices = (
         dense.before[0],
@@ -60,4 +65,6 @@ def expert_costs(config: ModelConfig, sp: int, more: Sequence[Cost] = ()) -> Lay
         gradients=gradients,
         freed_early=(product,),
         chunked=replace(dense.chunked, mlp=mlp),
+        # The rest isn't compiled in any case
+        uncompiled=Uncompiled(dense.uncompiled.before),
     )
