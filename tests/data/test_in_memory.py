@@ -85,7 +85,9 @@ def test_what_is_no_data_is_named(tmp_path, data, said):
 
 def test_a_split_is_chosen_by_the_program(tmp_path):
     both = datasets.DatasetDict(train=datasets.Dataset.from_list(FLAT))
-    with pytest.raises(ValueError, match=r"several splits: train\. Give one.*data\['train'\]"):
+    with pytest.raises(
+        ValueError, match=r"is divided into splits: train\. Give one.*data\['train'\]"
+    ):
         files_of(both, cache_dir=tmp_path)
 
 
