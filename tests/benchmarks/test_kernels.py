@@ -99,3 +99,10 @@ def test_a_products_limit_is_its_bytes_or_its_operations() -> None:
     assert found["down"].moved == 2 * (4864 * 896 + 256 * (4864 + 896))
     assert found["down"].flops == 2 * 256 * 4864 * 896
     assert found["draw"].moved == 4 * 256 * 151_936
+
+
+def test_kernels_that_share_a_work_share_its_limit() -> None:
+    from decode import in_table
+
+    down = {"what": "down", "calls": 48.0, "ms": 0.24, "limit_us": 2.5, "works": 24}
+    assert in_table(down, 2.4) == ["down", "48.0", "5.0", "0.240", "10.0%", "2.5", "25%"]
