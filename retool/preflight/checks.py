@@ -32,6 +32,7 @@ from retool.preflight.machine import (
     gpu_notes,
     may_look_into,
     port_is_free,
+    unused_gpus,
 )
 from retool.preflight.plan import (
     RunReport,
@@ -156,6 +157,7 @@ def notes_of(
     elif trainer.device != "cpu":
         compute = setting_of(options, report.world).compute
         yield from gpu_notes(report.world.per_node, compute, environment)
+        yield from unused_gpus(environment)
 
 
 def _schedule_notes(report: RunReport) -> Iterator[str]:

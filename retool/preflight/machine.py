@@ -196,6 +196,23 @@ def host_memory() -> int | None:
     return min(total, int(said)) if said.isdigit() else total
 
 
+def unused_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> Iterator[str]:
+    """GPUs of this machine that torch can't use, and that nobody hid: the run would take the CPU
+    without a word.
+    """
+    hidden = environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    found = sorted(device.name for device in devices.glob("nvidia[0-9]*"))
+    if not found or hidden or torch.cuda.is_available():
+        return
+    why = "torch can't use the driver: nvidia-smi says whether it works"
+    if torch.version.cuda is None:
+        why = f"torch {torch.__version__} is built without CUDA: install the build for your driver"
+    yield (
+        f"this machine has {', '.join(found)}, and the run takes the CPU, which is far slower: {why}. "
+        "If you mean the CPU, say trainer.device=cpu."
+    )
+
+
 def gpu_notes(per_node: int, compute: str, environment: Mapping[str, str]) -> Iterator[str]:
     """GPUs of this machine that somebody else uses, or that compute in bf16 slowly: from
     nvidia-smi, which starts no context on them.

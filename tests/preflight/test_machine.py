@@ -10,6 +10,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 from retool.preflight import machine
 from retool.preflight.machine import (
@@ -21,6 +22,7 @@ from retool.preflight.machine import (
     gpu_notes,
     host_memory,
     port_is_free,
+    unused_gpus,
 )
 from tests.ranks import free_port
 
@@ -104,6 +106,25 @@ def test_host_memory() -> None:
     assert not list(check_host_memory(total / 2, "k")) and not list(check_host_memory(0, ""))
     (fault,) = check_host_memory(total, "model.fsdp_config.param_offload=true")
     assert fault.where == "model.fsdp_config.param_offload=true" and "GiB" in fault.problem
+
+
+def test_gpus_that_torch_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a torch of the wrong build a run on eight GPUs would begin on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("nvidia0", "nvidiactl", "null"):
+        (tmp_path / name).touch()
+    for built, why in ((None, "is built without CUDA"), ("12.8", "can't use the driver")):
+        monkeypatch.setattr(torch.version, "cuda", built)
+        (note,) = unused_gpus({}, tmp_path)
+        assert (
+            note.startswith("this machine has nvidia0, and the run takes the CPU") and why in note
+        )
+    assert not list(unused_gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path))
+    (tmp_path / "nvidia0").unlink()
+    assert not list(unused_gpus({}, tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (tmp_path / "nvidia0").touch()
+    assert not list(unused_gpus({}, tmp_path))
 
 
 def test_gpus_that_are_shared_or_old(tmp_path: Path) -> None:
