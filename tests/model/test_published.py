@@ -510,6 +510,18 @@ PUBLISHED["qwen2 with windows that are left out"] = {
     "use_sliding_window": True,
     "max_window_layers": 0,
 }
+PUBLISHED["qwen2 with windows from a layer on that is left out"] = {
+    "model_type": "qwen2",
+    **SIZES,
+    "num_hidden_layers": 32,
+    "use_sliding_window": True,
+    "sliding_window": 512,
+}
+PUBLISHED["phi3 without its original length"] = {
+    "model_type": "phi3",
+    **SIZES,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16},
+}
 # A window in every layer, whatever `layer_types` says
 EVERYWHERE = ("mistral", "phi3", "qwen3_moe")
 
@@ -552,6 +564,7 @@ def read_by_transformers(content: dict[str, Any]) -> dict[str, Any]:
         "tied": c.tie_word_embeddings,
         "theta": rope["rope_theta"],
         "scaled": rope.get("rope_type", "default") != "default",
+        "original length": rope.get("original_max_position_embeddings"),
         "turned": int(wide * rope.get("partial_rotary_factor", 1)),
         "window theta": windowed,
         "windows": windows,
@@ -579,6 +592,7 @@ def read_here(c: ModelConfig) -> dict[str, Any]:
         "tied": c.tied,
         "theta": c.rope_theta,
         "scaled": c.rope_scaling is not None,
+        "original length": getattr(c.rope_scaling, "original_max_position", None),
         "turned": c.turned_channels,
         "window theta": None if c.window_rope is None else c.window_rope[0],
         "windows": [c.window(i) for i in range(c.layers)],
