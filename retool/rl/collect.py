@@ -65,6 +65,9 @@ def collect(run: Run, state: TrainState, times: Metrics) -> Collected | None:
     if len(groups) < wanted:
         rounds = f"{sampled.collection.rounds} rounds of sampling"
         what = "training on them" if groups else "nothing is trained"
+        if not groups and not state.lost_to:
+            metric = session.report.config.algorithm.filter_groups.metric
+            state.skips.without = f"no group of a step had answers whose {metric} differs"
         step = state.step + 1
         say(session.mesh, f"step {step}: {len(groups)} of {wanted} groups after {rounds}; {what}.")
     return Collected(groups, kept, sampled.position, _metrics(run, sampled, len(kept), times))

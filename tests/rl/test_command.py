@@ -351,7 +351,9 @@ def test_groups_without_a_signal_are_counted_and_end(work, tmp_path, capsys) -> 
         8,
         2,
     ) and "actor/pg_loss" not in entry
-    assert "nothing was trained" in capsys.readouterr().err
+    assert (
+        "nothing was trained: no group of a step had answers whose score" in capsys.readouterr().err
+    )
     assert (
         main(
             words(

@@ -244,6 +244,11 @@ def test_the_reward_is_asked_once_for_each_source_before_the_run(
         ),
         (
             "compute_score",
+            ["algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=bleu"],
+            r"filter_groups.metric=bleu: the reward gives no such number (?s:.*)It gives acc, \w+, .*: name one",
+        ),
+        (
+            "compute_score",
             ["reward_model.trial_answer=die"],
             "fails on a made answer to the first question of shop .*: Abnormal termination",
         ),

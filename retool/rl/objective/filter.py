@@ -15,6 +15,14 @@ import numpy as np
 from retool.rl.types import FAILURE, Group, Scored
 
 MAX_STEPS_KEPT = 1  # training steps that a group may wait for the one that it is trained in
+# Metrics that are there whatever the reward function returns, by their fields
+OURS = {
+    "score": "score",
+    "reward": "reward",
+    "seq_reward": "score",
+    "seq_final_reward": "reward",
+    "acc": "accuracy",
+}
 
 
 class UnusableSamples(ValueError):
@@ -27,25 +35,23 @@ def value_of(member: Scored, metric: str) -> float:
     `acc` is `Scored.accuracy`. Where the reward function failed there is only the score. Raises
     UnusableSamples where there is no such number.
     """
-    ours = {
-        "score": member.score,
-        "reward": member.reward,
-        "seq_reward": member.score,
-        "seq_final_reward": member.reward,
-        "acc": member.accuracy,
-    }
-    if metric in ours:
-        return float(ours[metric])
+    if metric in OURS:
+        return float(getattr(member, OURS[metric]))
     if FAILURE in member.info:
         return float(member.score)
     value = member.info.get(metric)
     if isinstance(value, (int, float)):
         return float(value)
-    numbers = [key for key, entry in member.info.items() if isinstance(entry, (int, float))]
     raise UnusableSamples(
         f"algorithm.filter_groups.metric={metric}: the reward function gives no such number; it "
-        f"gives {', '.join(sorted({*ours, *numbers}))}."
+        f"gives {', '.join(metrics_of(member))}."
     )
+
+
+def metrics_of(member: Scored) -> list[str]:
+    """The names that a member has a value of."""
+    told = [key for key, entry in member.info.items() if isinstance(entry, (int, float))]
+    return sorted({*OURS, *told})
 
 
 def has_signal(group: Group, metric: str) -> bool:

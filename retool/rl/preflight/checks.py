@@ -264,13 +264,10 @@ def _with_trial(report: RLReport) -> RLReport:
     questions = [part.prompts for part in (report.train, report.val) if part is not None]
     if report.reward is None or not questions:
         return report
-    return report.blame(
-        *try_reward(
-            report.reward,
-            report.config.reward_model,
-            [prompt for part in questions for prompt in part],
-        )
-    )
+    prompts = [prompt for part in questions for prompt in part]
+    wish = report.config.algorithm.filter_groups
+    metric = wish.metric if wish.enable else None
+    return report.blame(*try_reward(report.reward, report.config.reward_model, prompts, metric))
 
 
 def _id_faults(report: RLReport) -> Iterator[Fault]:

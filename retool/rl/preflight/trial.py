@@ -15,12 +15,13 @@ import numpy as np
 
 from retool.config import Fault
 from retool.rl.config.reward import RewardConfig
+from retool.rl.objective.filter import metrics_of
 from retool.rl.reward.calling import Asked
 from retool.rl.reward.judges import open_judges
 from retool.rl.reward.pool import LOAD_SECONDS
 from retool.rl.reward.protocol import Judged, Judges
 from retool.rl.reward.source import RewardSource
-from retool.rl.types import Prompt, Stop, Trajectory
+from retool.rl.types import Prompt, Scored, Stop, Trajectory
 
 # How libraries tell that they have no network, or lack a variable of the environment
 NO_NETWORK = re.compile(
@@ -31,10 +32,14 @@ MAX_SOURCES_TRIED = 16  # data sources whose first question is tried
 
 
 def try_reward(
-    source: RewardSource, settings: RewardConfig, prompts: Sequence[Prompt]
+    source: RewardSource,
+    settings: RewardConfig,
+    prompts: Sequence[Prompt],
+    metric: str | None = None,
 ) -> Iterator[Fault]:
     """A fault where the reward can't be had in a worker, or no worker can be had; where it fails on
-    a made answer to the first question of a data source; and where it is too slow.
+    a made answer to the first question of a data source; where it is too slow; and where it doesn't
+    tell the `metric` that groups are filtered by.
 
     A reward model isn't tried: its weights are read once, by the run.
     """
@@ -47,6 +52,7 @@ def try_reward(
             return
         # The parts that are functions are tried all the same.
         source = replace(source, parts=parts)
+        metric = None  # it may be the model's
     try:
         judges = open_judges(source, settings, workers=1)
     except (ValueError, OSError) as error:
@@ -55,13 +61,17 @@ def try_reward(
     if source.asks_a_judge:  # it has the run's network, and its own time limits
         settings = replace(settings, concurrent=True, timeout_seconds=math.inf)
     try:
-        yield from _asked(judges, where, settings, prompts)
+        yield from _asked(judges, where, settings, prompts, metric)
     finally:
         judges.close()
 
 
 def _asked(
-    judges: Judges, where: str, settings: RewardConfig, prompts: Sequence[Prompt]
+    judges: Judges,
+    where: str,
+    settings: RewardConfig,
+    prompts: Sequence[Prompt],
+    metric: str | None,
 ) -> Iterator[Fault]:
     if problem := judges.problem():
         yield Fault(where, problem)
@@ -76,6 +86,18 @@ def _asked(
             yield failed_trial(where, judged, prompt, settings)
         elif seconds > settings.timeout_seconds:
             yield _too_slow(seconds, prompt, settings)
+        elif metric is not None:
+            yield from _not_told(metric, judged, made_answer(prompt, answer))
+
+
+def _not_told(metric: str, judged: Judged, answer: Trajectory) -> Iterator[Fault]:
+    there = metrics_of(Scored(answer, judged.score, judged.score, judged.info))
+    if metric not in there:
+        yield Fault(
+            f"algorithm.filter_groups.metric={metric}",
+            f"the reward gives no such number for a made answer to {named(answer.prompt)}.",
+            f"It gives {', '.join(there)}: name one of these, or have it return {metric} always.",
+        )
 
 
 async def _verdicts(judges: Judges, asked: Sequence[Asked]) -> list[tuple[Judged, float]]:
