@@ -14,7 +14,7 @@ WORKERS   ?= 3
 # and no GPU. Those that need several GPUs, or one for themselves, run afterwards.
 GPUS      ?= $(shell nvidia-smi -L 2>/dev/null | wc -l)
 GPU_TESTS ?= $(shell expr 3 \* $(GPUS))
-BENCH     ?= $(wildcard benchmarks/sft.py)
+BENCH     ?=
 
 # Compiled modules are kept, whatever the shell says: else each worker compiles all tests anew, and each new interpreter retool.
 export PYTHONDONTWRITEBYTECODE :=
@@ -29,7 +29,8 @@ help:
 	@echo "make test       the default tests · make test-slow: the long ones · make test-gpu: those for CUDA"
 	@echo "make lint       ruff and basedpyright"
 	@echo "make docs       the documents as a site, in build/docs; a dead link is an error"
-	@echo "make bench      the benchmark tables (BENCH=benchmarks/….py, ARGS=…)"
+	@echo "make bench      the headline's tables on these GPUs, in build/bench (TRL=, VERL=: Pythons that have them, to run beside)"
+	@echo "                BENCH=benchmarks/….py ARGS=…: one benchmark in one process · ARGS=\"1 2\": other parts of run_all.sh"
 
 # Stamps, so that only a changed pyproject.toml or constraint installs again.
 $(VENV)/.created:
@@ -77,7 +78,11 @@ docs: $(VENV)/.installed-docs
 	@echo "build/docs/index.html is there; to search in it: python3 -m http.server -d build/docs"
 
 bench: $(VENV)/.installed
+ifeq ($(BENCH),)
+	PYTHON=$(abspath $(PYTHON)) bash benchmarks/run_all.sh build/bench $(or $(ARGS),0)
+else
 	@for script in $(BENCH); do echo "== $$script"; $(PYTHON) $$script $(ARGS) || exit 1; done
+endif
 
 clean:
 	rm -rf $(VENV)/.installed $(VENV)/.installed-dev $(VENV)/.installed-docs build dist demo-run

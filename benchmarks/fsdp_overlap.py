@@ -19,9 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from kernels import Interval, device_events, kind_of, length, union
-from sft import DOCUMENTS, SHAPES, Documents, random_weights
+from sft import SHAPES, Documents, random_weights
 from table import attempt, failed, hardware, head, row, save
 from torch.profiler import ProfilerActivity, profile
+from workloads import DOCUMENTS
 
 from retool.data.loader import StepOrder, iterate_steps
 from retool.data.packing import Budget, Packing

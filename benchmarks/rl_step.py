@@ -14,8 +14,8 @@ per batch, no reference, no recomputation. With random weights (FOLDER's, or fre
 `--shape`) a sample ends early once in 76,000 tokens; *tokens* has the mean response. A step goes
 from one optimizer step's end to the next one's, the first `--warm-up` not counted. *log-probs*: of
 the old policy, which neither needs here, and what comes between sampling and the update.
-TRL is looked for in `--trl` (a folder for PYTHONPATH) or where Python
-finds it. Its continuous batching gets a cache of three times what the samples need
+TRL is looked for in `--trl` (folders for PYTHONPATH, or the Python of an environment that has it)
+or where Python finds it. Its continuous batching gets a cache of three times what the samples need
 (`benchmarks/rollout.py` says why not all of the device).
 """
 
@@ -366,8 +366,8 @@ def train_with_trl(options: dict[str, Any]) -> None:
 
 
 def launch(args: Namespace, words: list[str], log: Path, *folders: str) -> None:
-    """torchrun (a single process needs none), quietly, with these folders first on Python's path.
-    RuntimeError with the log's first error when it fails.
+    """torchrun (a single process needs none), quietly, with these folders first on Python's path; a
+    file among them is the Python to use. RuntimeError with the log's first error when it fails.
     """
     launcher = [
         "-m",
@@ -376,10 +376,19 @@ def launch(args: Namespace, words: list[str], log: Path, *folders: str) -> None:
         "--nnodes=1",
         f"--nproc_per_node={args.gpus}",
     ]
-    command = [sys.executable, *(launcher if args.gpus > 1 else []), *words]
+    python = next((place for place in folders if Path(place).is_file()), sys.executable)
+    command = [python, *(launcher if args.gpus > 1 else []), *words]
     here = Path(__file__).resolve().parent
     path = os.pathsep.join(
-        filter(None, (*folders, str(here), str(here.parent), os.environ.get("PYTHONPATH", "")))
+        filter(
+            None,
+            (
+                *(f for f in folders if f != python),
+                str(here),
+                str(here.parent),
+                os.environ.get("PYTHONPATH", ""),
+            ),
+        )
     )
     environment = {
         **os.environ,
@@ -485,7 +494,7 @@ def main() -> None:
         help="of TRL to sample, vllm is another; empty: none",
     )
     parser.add_argument(
-        "--trl", default="", help="folders that have TRL (and vLLM), as in PYTHONPATH"
+        "--trl", default="", help="folders that have TRL (and vLLM), as in PYTHONPATH, or a Python"
     )
     parser.add_argument("--timeout", type=float, default=240, help="seconds of a job")
     parser.add_argument("--logs", type=Path, help="keep the jobs' output here")

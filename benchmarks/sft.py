@@ -4,13 +4,11 @@ peak memory.
     torchrun --nproc_per_node=2 benchmarks/sft.py [--rows full,mixed-sp2,…] [--repeats 2] [--json out.json]
     torchrun --nproc_per_node=2 benchmarks/sft.py --shape tiny --scale 64        a look at it on the CPU
 
-*full*: 16 documents of 16,384 tokens a step. *mixed*: 64 documents, lengths lognormal (median
-3,200, σ 0.7, clipped to 256…16,384). *4096*: 64 documents of 4,096 tokens, *few*: 16 of them. The
-rows `experts-…` are for `--shape 30b-a3b-6-layers`, with and without expert parallelism: MFU counts
-the experts that a token runs through. Every token is trained,
-ids are random, data is in memory; bf16 compute, fp32 master and AdamW. A step is timed from its
-first kernel to its last, optimizer included; padding doesn't count as tokens. Steps 4 to 8 of each
-repeat count.
+`workloads.py` says what documents *full*, *mixed* and the others are. The rows `experts-…` are for
+`--shape 30b-a3b-6-layers`, with and without expert parallelism: MFU counts the experts that a token
+runs through. Every token is trained, ids are random, data is in memory; bf16 compute, fp32 master
+and AdamW. A step is timed from its first kernel to its last, optimizer included; padding doesn't
+count as tokens. Steps 4 to 8 of each repeat count.
 """
 
 from __future__ import annotations
@@ -30,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from table import attempt, failed, save, some_of
+from workloads import COUNTED, DOCUMENTS, STEPS, documents_of, lengths_of
 
 from retool.batch import Sample
 from retool.data.loader import StepOrder, iterate_steps
@@ -131,9 +130,6 @@ SHAPES = {
         **BLANK,
     ),
 }
-STEPS = 8
-COUNTED = slice(3, 8)
-DOCUMENTS = {"full": 16, "mixed": 64, "4096": 64, "few": 16}
 # The best peer of each workload on two H200s, torch 2.11, 2026-11-29 (`peers.py`): the baseline
 PEERS = {
     "full": ("TRL 1.16, FSDP2, liger", 55_193, 20.0),
@@ -194,23 +190,9 @@ class Documents:
     """Random documents of a workload, for `steps` optimizer steps, in order."""
 
     def __init__(self, workload: str, steps: int, vocab: int, scale: int) -> None:
-        count = DOCUMENTS[workload] * steps
-        if workload != "mixed":
-            lengths = np.full(count, 16_384 if workload == "full" else 4_096)
-        else:
-            lengths = np.clip(
-                np.exp(
-                    np.random.default_rng(0).normal(np.log(3_200), 0.7, DOCUMENTS[workload] * STEPS)
-                ),
-                256,
-                16_384,
-            )[:count]
-        self.lengths = np.maximum(lengths.astype(np.int64) // scale, 2)
+        self.lengths = lengths_of(workload, steps, scale)
         self.trained = self.lengths - 1
-        rng = np.random.default_rng(1)
-        self._tokens = [
-            rng.integers(0, min(vocab, 150_000), n).astype(np.int32) for n in self.lengths
-        ]
+        self._tokens = documents_of(self.lengths, vocab)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -243,10 +243,12 @@ def test_no_benchmark_is_left_out() -> None:
         "kernels",
         "parity",
         "learn",
+        "peer_sft",
         "peers",
         "published",
         "rendering",
         "same_numbers",
+        "workloads",
     }  # no benchmark, or with a test of its own
     assert {path.stem for path in BENCHMARKS.glob("*.py")} == {*ALONE, *elsewhere}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,7 +27,7 @@ def test_one_bit_is_a_difference_and_times_are_none() -> None:
 
 
 @pytest.mark.slow
-def test_this_revision_computes_what_it_computes(repository) -> None:
+def test_this_revision_computes_what_it_computes(repository: Path) -> None:
     """Two checkouts of one revision, each with its own run of both commands."""
     words = [sys.executable, BENCHMARKS / "same_numbers.py", "HEAD", "--only", "1 process"]
     done = subprocess.run([*map(str, words)], cwd=repository, capture_output=True, text=True)
