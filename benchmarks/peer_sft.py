@@ -155,6 +155,7 @@ def train_with_verl(options: Options) -> None:
         "trainer.resume_mode=disable",
         "trainer.save_freq=-1",
         f"trainer.default_local_dir={Path(options['out']).with_suffix('')}",
+        f"hydra.run.dir={Path(options['out']).with_suffix('')}",
     ]
     sys.argv = [sys.argv[0], *always, *options["keys"]]
     trainer.main()

@@ -74,7 +74,7 @@ def understood(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> 
         patched.setattr(sys, "argv", [name, *words])
         try:
             benchmark(name).main()
-        except Parsed:
+        except (Parsed, SystemExit):  # SystemExit: --help
             return ""
         except ValueError as error:
             return str(error)
