@@ -27,15 +27,16 @@ many() { local name=$1 limit=$2; shift 2; table "$name" "$limit" $python -m torc
 one() { local name=$1 limit=$2; shift 2; table "$name" "$limit" $python "benchmarks/${name%%-*}.py" "$@"; }
 on() { local gpu=$1; shift; ((gpus)) && export CUDA_VISIBLE_DEVICES=$((gpu < gpus ? gpu : 0)); "$@"; }
 has() { $python -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; } # whether Python finds it
+trl_ways() { if [ -n "${TRL:-}" ]; then echo generate; elif has trl; then echo "generate$(has vllm && echo ,vllm)"; fi; } # empty: no TRL here
 tiny() { ((gpus)) || echo "$@"; } # only without a GPU
 
 part0() {
   many sft 150 --rows full,mixed --repeats 2 $(tiny --shape tiny --scale 1024)
   on 0 one rollout 300 --peers "generate_batch$(has vllm && echo ,vllm)" $(tiny --shape tiny --sequences 4 --prompt 12 --new 6)
-  one rl_step 300 --timeout 140 --logs "$out/rl_step" --ways "$({ [ -n "${TRL:-}" ] || has trl; } && echo generate)" ${TRL:+--trl "$TRL"} \
+  one rl_step 300 --timeout 140 --logs "$out/rl_step" --ways "$(trl_ways)" ${TRL:+--trl "$TRL"} \
     $(tiny --shape tiny --gpus 2 --device cpu --prompts 2 --samples 2 --prompt 64 --response 8 --warm-up 1 --repeats 1 --trl-repeats 1)
   rm -rf "$out/rl_step/model"
-  { [ -z "${TRL:-}" ] && ! has trl; } || part5
+  [ -z "$(trl_ways)${VERL:-}" ] || part5
 }
 part1() {
   (on 0 one rollout 130 --peer-seconds 45 $(tiny --shape tiny --sequences 4 --prompt 12 --new 6)
@@ -63,7 +64,7 @@ part4() {
 }
 part5() { # what sft.py has measured already isn't measured again
   mkdir -p "$out/peers"; [ ! -f "$out/sft.json" ] || cp "$out/sft.json" "$out/peers/retool.json"
-  timeout 560 $python benchmarks/peers.py "$out/peers" --only "trl${VERL:+,verl}${BOUND:+,bound}" ${TRL:+--trl "$TRL"} ${VERL:+--verl "$VERL"} ${BOUND:+--bound "$BOUND"} \
+  timeout 560 $python benchmarks/peers.py "$out/peers" --only "$([ -z "$(trl_ways)" ] || echo trl)${VERL:+,verl}${BOUND:+,bound}" ${TRL:+--trl "$TRL"} ${VERL:+--verl "$VERL"} ${BOUND:+--bound "$BOUND"} \
     --gpus "$((gpus ? gpus : 2))" $(tiny --shape tiny --scale 1024) 2>&1 | tee "$out/peers.log"
 }
 part7() { one published 300 --dapo "$QUESTIONS" "$EVAL" --tokenizer "$TOKENIZER" --timeout 280 --logs "$out/published" $(tiny --shape tiny --gpus 1 --questions 2 --samples 2 --response 16); }
