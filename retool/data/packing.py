@@ -160,8 +160,9 @@ def shared_room(micro_batches: Sequence[Sequence[int]], packing: Packing) -> int
 
 
 def recorded_size(room: int) -> int:
-    """Tokens of a rank that a pack is padded to where it is recorded: a power of two."""
-    return max(SMALLEST_RECORDED, 1 << (room - 1).bit_length())
+    """Tokens of a rank that a pack is padded to where it is recorded: one of few sizes."""
+    step = SMALLEST_RECORDED if room <= 4 * SMALLEST_RECORDED else 2 * SMALLEST_RECORDED
+    return max(_divide_up(room, step), 1) * step
 
 
 def _fill(weights: np.ndarray, costs: np.ndarray, capacity: int, dp: int) -> list[list[int]]:

@@ -77,11 +77,11 @@ class DataConfig:
         "longest samples would (or 8,192 per GPU, if these fit without more "
         "recomputation). The results are the same. false = never more samples.",
     )
-    record_micro_batches: bool = option(
-        False,
+    record_micro_batches: bool | Literal["auto"] = option(
+        "auto",
         "Where a micro-batch has so few tokens that a GPU would wait for its host, launch it as "
-        "one CUDA graph, recorded at the third of its size, if there is memory for it. Not with "
-        "experts or replicas.",
+        "one CUDA graph, recorded at the third of its size, if there is memory for it; not with "
+        "experts or replicas. auto = where one process trains.",
     )
     keep_documents_whole: bool = option(
         True,

@@ -10,6 +10,7 @@ from functools import partial
 from retool.config.options import RunOptions
 from retool.data.cache import Dataset, DatasetReport
 from retool.data.packing import Budget, Packing
+from retool.model.borrowed.config import BorrowedConfig
 from retool.model.costs import few_tokens, quadratic_length
 from retool.preflight.plan import (
     RECOMPUTE,
@@ -155,6 +156,30 @@ def packing_of(report: SFTReport, dp_rank: int, dp: int, sp: int) -> Packing:
         keep_whole=config.data.keep_documents_whole,
         room=report.choice.tokens,
     )
+
+
+def records(report: SFTReport) -> bool:
+    """Whether small micro-batches are recorded, as far as their memory and the model allow it."""
+    asked = report.config.data.record_micro_batches
+    return report.world.processes == 1 if asked == "auto" else asked
+
+
+def why_unrecorded(report: SFTReport) -> str:
+    """Why nothing can be recorded, whatever comes; empty where it can."""
+    model = report.model
+    choice = report.choice
+    assert model is not None and choice is not None
+    if gpu_memory(report.options) is None:
+        return "that needs a GPU"
+    if isinstance(model, BorrowedConfig):
+        return "the model runs as transformers' module"
+    if model.experts is not None:
+        return "how many tokens an expert gets is known to the GPU alone"
+    if setting_of(report.options, report.world).shards < report.world.processes:
+        return "replicas add up their gradients between the others' launches"
+    if choice.recompute == "offload":
+        return "activations wait in host memory"
+    return "" if choice.recorded else "there is no memory left for it"
 
 
 def remedies(report: SFTReport) -> str:

@@ -41,7 +41,7 @@ from retool.preflight.training_memory import OUTSIDE, SLACK
 from retool.preflight.world import Box, box_of, check_experts, read_world
 from retool.sft.config import DataConfig, SFTConfig, contradictions
 from retool.sft.identity import with_identity
-from retool.sft.plan import SFTReport, Split, choose_for, remedies
+from retool.sft.plan import SFTReport, Split, choose_for, remedies, why_unrecorded
 
 # a predicted peak this many times the device's memory is a fault; a closer one only a note
 HOPELESS_PEAK_SHARE = 1.25
@@ -379,3 +379,5 @@ def _notes(report: SFTReport) -> Iterator[str]:
         yield f"{need:.1f} GiB with what CUDA itself takes may not fit in {memory:.1f}. {remedies(report)}"
     if data.micro_batch_size_per_gpu is not None and data.max_token_len_per_gpu is not None:
         yield "data.micro_batch_size_per_gpu is set, so data.max_token_len_per_gpu isn't used."
+    if data.record_micro_batches is True and (why := why_unrecorded(report)):
+        yield f"data.record_micro_batches=true records nothing: {why}."

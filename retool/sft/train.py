@@ -33,7 +33,7 @@ from retool.run.resume import resume
 from retool.run.saving import save_step, say_saved
 from retool.run.session import Session, Skips, begin, load_model, open_session, same_plan
 from retool.run.skips import count_update
-from retool.sft.plan import SFTReport, packing_of
+from retool.sft.plan import SFTReport, packing_of, records
 from retool.sft.recorded import SmallPacks
 from retool.sft.step import Measured, train_step
 from retool.sft.validate import validate
@@ -117,7 +117,7 @@ def start(
         backend = model.module.execution.backend
         say(mesh, f"attention: {backend}; recomputation: {report.choice.recompute}")
     state = TrainState()
-    if report.config.data.record_micro_batches:
+    if records(report):
         state.small = SmallPacks(model, report.choice.recorded)
     loaded = resume(report, mesh, model, optimizer)
     if loaded is not None:

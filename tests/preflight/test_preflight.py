@@ -49,7 +49,7 @@ from retool.preflight.show import show_faults, show_plan, traffic_plan
 from retool.preflight.world import check_mesh, read_world
 from retool.sft.__main__ import main
 from retool.sft.config import SYNONYMS, SFTConfig
-from retool.sft.plan import TOKENS_TO_FILL_A_GPU, SFTReport
+from retool.sft.plan import TOKENS_TO_FILL_A_GPU, SFTReport, records, why_unrecorded
 from retool.sft.preflight import preflight
 from retool.sft.show import in_words, rows_read
 from retool.sft.train import make_packing
@@ -536,6 +536,20 @@ def test_documents_that_stay_whole_are_planned_without_exchanges(
     monkeypatch.setattr(words, lambda *args: asked.append(args[3]) or "")
     list(in_words(report))
     assert asked == [divided]
+
+
+def test_what_cannot_be_recorded_is_told_where_it_was_asked_for(run: Path) -> None:
+    report = check(run, "data.record_micro_batches=true")
+    assert any("record_micro_batches" in note and "needs a GPU" in note for note in report.notes)
+    assert records(report)
+    left = replace(report.config.data, record_micro_batches="auto")
+    auto = replace(report, config=replace(report.config, data=left))
+    assert records(auto) and not records(replace(auto, world=World(2, 1, 2)))
+    planned = replace(report.config.trainer, device="auto", device_memory_gb=80.0)
+    report = replace(report, config=replace(report.config, trainer=planned))
+    assert "no memory left" in why_unrecorded(report)
+    assert report.choice is not None
+    assert not why_unrecorded(replace(report, choice=replace(report.choice, recorded=1)))
 
 
 def test_what_cannot_fit_says_what_would(run: Path) -> None:
