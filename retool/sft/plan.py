@@ -161,7 +161,10 @@ def packing_of(report: SFTReport, dp_rank: int, dp: int, sp: int) -> Packing:
 def records(report: SFTReport) -> bool:
     """Whether small micro-batches are recorded, as far as their memory and the model allow it."""
     asked = report.config.data.record_micro_batches
-    return report.world.processes == 1 if asked == "auto" else asked
+    if asked != "auto":
+        return asked
+    # That a recording gives the very bits of the runs before it wasn't seen on a GPU yet
+    return report.world.processes == 1 and not report.config.trainer.deterministic
 
 
 def why_unrecorded(report: SFTReport) -> str:

@@ -545,6 +545,8 @@ def test_what_cannot_be_recorded_is_told_where_it_was_asked_for(run: Path) -> No
     left = replace(report.config.data, record_micro_batches="auto")
     auto = replace(report, config=replace(report.config, data=left))
     assert records(auto) and not records(replace(auto, world=World(2, 1, 2)))
+    bits = replace(report.config.trainer, deterministic=True)
+    assert not records(replace(auto, config=replace(auto.config, trainer=bits)))
     planned = replace(report.config.trainer, device="auto", device_memory_gb=80.0)
     report = replace(report, config=replace(report.config, trainer=planned))
     assert "no memory left" in why_unrecorded(report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from retool.data.packing import Budget, Packing
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.recompute import Recompute
 from retool.optim import AdamW, AdamWOptions
+from retool.parallel.fsdp import recording
 from retool.parallel.mesh import make_mesh
 from retool.perf import StepTimer
 from retool.sft.recorded import SmallPacks
@@ -77,6 +79,24 @@ def train(case: Case, recorded: bool) -> tuple[list[float], np.ndarray, int]:
 
 def train_all(cases: list[Case]) -> list[Any]:
     return [[train(case, recorded) for recorded in (False, True)] for case in cases]
+
+
+def train_deterministically(ordinary_runs: int) -> tuple[list[float], np.ndarray, int]:
+    # As a run with trainer.deterministic; the process is this test's alone
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recording, "ORDINARY_RUNS", ordinary_runs)
+        return train(Case(), recorded=True)
+
+
+def test_a_recording_gives_the_bits_of_the_runs_before_it() -> None:
+    need_gpus(1)
+    want, weights, never = run_ranks(train_deterministically, 1, 1000, timeout=90)[0]
+    got, others, recordings = run_ranks(train_deterministically, 1, 2, timeout=90)[0]
+    assert recordings and not never
+    assert got == want
+    np.testing.assert_array_equal(others, weights)
 
 
 @pytest.mark.parametrize("gpus", CASES)
