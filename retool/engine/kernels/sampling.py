@@ -7,7 +7,7 @@ the cumulated shares exceed it. Both numbers are functions of (seed, position in
 So it doesn't matter which rows are sampled together, in which order, or how often.
 
 Devices and dtypes draw alike, but where a number lies within the rounding of a limit between two
-blocks: about once in a million draws from 150,000 tokens. Limits between tokens are in float64.
+blocks: at most twice in a million draws from 150,000 tokens. Limits between tokens are in float64.
 
 Shapes: R rows · V vocab · B blocks · W tokens of a block. 64-bit integers are signed here, and wrap.
 """

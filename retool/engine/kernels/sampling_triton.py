@@ -19,7 +19,7 @@ from torch import Tensor
 from retool.engine.kernels.cutoff_triton import LOWEST, cutoff_rows, inverse_temperature
 from retool.engine.kernels.draws import BLOCK, FIRST, GOLDEN, SECOND, Draws
 
-TOGETHER = 4  # blocks of a program
+TOGETHER = 2  # blocks of a program: one leaves too little to load at once
 
 
 @triton.jit
