@@ -15,6 +15,7 @@ from retool.doctor.finding import Finding
 from retool.doctor.machine import Machine
 from retool.parallel.collectives import all_gather_flat, gather_objects, reduce_scatter_flat
 from retool.parallel.mesh import Mesh
+from retool.parallel.network import Place
 
 REPEATS = 3  # the fastest counts
 LOOKS = 5  # at the clocks; the least difference counts
@@ -51,9 +52,15 @@ def clocks(mesh: Mesh, machines: Sequence[Machine]) -> Finding:
     for _ in range(LOOKS):
         dist.barrier(group=mesh.world_group)
         looks.append(gather_objects(time.time(), mesh.world_group))
+    return clock_finding(looks, machines)
+
+
+def clock_finding(looks: Sequence[Sequence[float]], machines: Sequence[Machine]) -> Finding:
+    """Of the ranks' clocks, each time at one moment."""
     # How late a rank leaves the barrier differs from look to look; how far its clock is off doesn't
-    apart = [min(abs(look[r] - look[0]) for look in looks) for r in range(mesh.world)]
-    worst = max(range(mesh.world), key=apart.__getitem__)
+    ranks = range(len(machines))
+    apart = [min(abs(look[r] - look[0]) for look in looks) for r in ranks]
+    worst = max(ranks, key=apart.__getitem__)
     who = machines[worst].place.host
     wrong = f"{who}'s differs from {machines[0].place.host}'s: start chrony or ntpd on both."
     late = apart[worst] > MOST_APART_S
@@ -62,19 +69,27 @@ def clocks(mesh: Mesh, machines: Sequence[Machine]) -> Finding:
 
 def links(mesh: Mesh, machines: Sequence[Machine], megabytes: int) -> list[Link]:
     """Collective: every rank measures, and has the same links."""
-    hosts = [machine.place.host for machine in machines]
-    names = list(dict.fromkeys(hosts))
-    inside = [[r for r, host in enumerate(hosts) if host == name] for name in names]
-    groups = {INSIDE: inside}
-    if len(names) > 1:
-        most = max(map(len, inside))
-        # The first of each machine, the second of each: all its cards use the network at once
-        groups[BETWEEN] = [[ranks[i] for ranks in inside if i < len(ranks)] for i in range(most)]
+    groups = parts_of([machine.place for machine in machines])
     return [
         _measure(mesh, where, parts, megabytes)
         for where, parts in groups.items()
         if len(parts[0]) > 1
     ]
+
+
+def parts_of(places: Sequence[Place]) -> dict[str, list[list[int]]]:
+    """The ranks that exchange data with each other, inside a machine and between machines."""
+    # By address, too: clones and containers often have one name
+    inside = [
+        [rank for rank, other in enumerate(places) if other == place]
+        for place in dict.fromkeys(places)
+    ]
+    groups = {INSIDE: inside}
+    if len(inside) > 1:
+        most = max(map(len, inside))
+        # The first of each machine, the second of each: all its cards use the network at once
+        groups[BETWEEN] = [[ranks[i] for ranks in inside if i < len(ranks)] for i in range(most)]
+    return groups
 
 
 def findings(mesh: Mesh, measured: Sequence[Link], megabytes: int) -> list[Finding]:

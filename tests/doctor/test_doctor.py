@@ -8,16 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from retool.doctor import machine
+from retool.doctor import folder, machine, network
 from retool.doctor.__main__ import main
 from retool.doctor.finding import Finding, table
 from retool.doctor.machine import Machine
-from retool.doctor.network import Link
+from retool.doctor.network import BETWEEN, Link
 from retool.doctor.speed import described, product_finding, step_finding
 from retool.model.traffic.machines import Machines
+from retool.parallel.mesh import Mesh, make_mesh
 from retool.parallel.network import Place
 from tests.model.tiny import SHAPE
+from tests.ranks import run_ranks
 
 HERE = Machine(
     rank=0,
@@ -95,6 +98,64 @@ def test_limits_that_are_none() -> None:
         problems(replace(HERE, open_files=-1), replace(THERE, infiniband=False, locked_memory=0))
         == {}
     )
+
+
+def test_clocks_that_differ() -> None:
+    """The least difference counts: a rank may leave a barrier late."""
+    right = network.clock_finding([[0.0, 1.9], [5.0, 5.2]], [HERE, THERE])
+    assert right == Finding("clocks", "at most 200 ms apart")
+    wrong = network.clock_finding([[0.0, 600.5], [5.0, 605.0]], [HERE, THERE])
+    assert wrong.found == "at most 600,000 ms apart"
+    assert wrong.problem.startswith("b's differs from a's: start chrony")
+
+
+def test_machines_are_told_apart_by_their_addresses() -> None:
+    """Clones have one name."""
+    here = Place("node", "10.0.0.1")
+    there = Place("node", "10.0.0.2")
+    found = network.parts_of([here, here, there])
+    assert found == {"in a machine": [[0, 1], [2]], "between machines": [[0, 2], [1]]}
+
+
+def test_a_network_that_is_slow_for_gpus() -> None:
+    def problems_of(device: str, where: str, rate: float) -> list[str]:
+        mesh = Mesh(0, 2, 1, 2, torch.device(device))
+        link = Link(where, 2, rate, rate, rate, rate, 1e-5)
+        return [f.subject for f in network.findings(mesh, [link], 4) if f.problem]
+
+    slow = 0.9e9 / 8  # bytes a second
+    assert len(problems_of("cuda", "between machines", slow)) == 4
+    assert problems_of("cuda", "between machines", 2 * slow) == []
+    assert problems_of("cuda", "in a machine", slow) == problems_of("cpu", BETWEEN, slow) == []
+
+
+def test_disks_that_are_several_or_late() -> None:
+    nothing = ("", list[int](), list[int]())
+
+    def wrong(*said: tuple[str, list[int], list[int]]) -> dict[str, str]:
+        found = folder._findings(Path("/run"), [HERE, THERE], said)
+        return {finding.subject: finding.problem for finding in found if finding.problem}
+
+    assert wrong(nothing, nothing) == {}
+    assert "on b: mount one disk" in wrong(nothing, ("", [0], [0]))["folder: shared"]
+    assert "within 3 s on b" in wrong(nothing, ("", [], [0]))["folder: renames show"]
+    refused = wrong(nothing, ("Permission denied", [], []))["folder: writable"]
+    assert refused == "Not by rank 1 on b: Permission denied."
+
+
+def measured() -> Link:
+    """A second for each exchange of a MB between two ranks."""
+    mesh = make_mesh(device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network, "_fastest", lambda _, work: 1.0)
+        return network._measure(mesh, "in a machine", [[0, 1]], 1)
+
+
+@pytest.mark.slow
+def test_bandwidths_are_those_of_a_ring() -> None:
+    half = 2**20 / 2
+    expected = Link("in a machine", 2, 2 * half, half, half, half, shortest=1.0)
+    assert run_ranks(measured, 2) == [expected] * 2
 
 
 def test_long_lines_stay_in_their_column() -> None:

@@ -22,13 +22,23 @@ from tests.hosts.network import Host, inside
 from tests.ranks import free_port
 from tests.sft.test_command import steps, words
 
-KEYS = ["data.train_files=/data/a b.parquet", "model.partial_pretrain=/m"]
+# Quotes, what a shell would replace, and a new line: each of them legal in a path
+AWKWARD = 'it\'s "$HOME" `id` $(id) \\ *;&|<>#~ {a,b} !x\n(1) é'
+KEYS = [
+    f"data.train_files=['/data/{AWKWARD.replace(chr(39), chr(39) * 2)}.parquet', b.parquet]",
+    "model.partial_pretrain=/m",
+    "data.apply_chat_template_kwargs={enable_thinking: false, name: 'a b'}",
+    "optim.betas=[0.9,0.95]",
+]
 COMMAND = ["retool.sft", *KEYS]
 STAND_INS = {
     # Says what it was told, and stays until it is asked to stop
     "torchrun": """
-        printf '%s\\n' "$@" >"$SAID/words.$$"
+        printf '%s\\0' "$@" >"$SAID/words.$$"
         trap 'touch "$SAID/stopped.$$"; exit 1' USR1
+        trap 'touch "$SAID/stopped.$$"; exit 0' INT
+        trap 'touch "$SAID/stopped.$$"; exit 143' TERM
+        case "$*" in *--node_rank="${FAILS:-none}"*) sleep 0.3; exit 7 ;; esac
         while [ -n "${STAYS:-}" ]; do sleep 0.05; done""",
     "srun": """
         shift
@@ -41,9 +51,9 @@ STAND_INS = {
     "scancel": """
         for file in "$SAID"/words.*; do kill -USR1 "${file##*.}"; done""",
     "ssh": """
-        echo "$2" >>"$SAID/hosts"
-        shift 2
-        exec bash -c "$*" """,
+        echo "$1" >>"$SAID/hosts"
+        shift
+        exec setsid --wait env --default-signal=INT bash -c "$*" """,
 }
 
 
@@ -68,7 +78,7 @@ def machine(tmp_path: Path) -> dict[str, str]:
 def told(machine: Mapping[str, str]) -> list[Namespace]:
     """What each torchrun was told, by its rank."""
     files = Path(machine["SAID"]).glob("words.*")
-    parsed = [parse_args(file.read_text().splitlines()) for file in files]
+    parsed = [parse_args(file.read_text().split("\0")[:-1]) for file in files]
     return sorted(parsed, key=lambda options: options.node_rank)
 
 
@@ -115,6 +125,36 @@ def test_ssh(launchers: Path, machine: dict[str, str]) -> None:
     for rank, options in enumerate(told(machine)):
         assert_sound(options, KEYS)
         assert (options.node_rank, options.master_addr) == (rank, "10.0.0.1")
+
+
+def started(launchers: Path, machine: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """ssh.sh in a group of its own, once both torchruns are there."""
+    places = {"HOSTS": "10.0.0.1 10.0.0.2", "STAYS": "yes"}
+    script = subprocess.Popen(
+        ["bash", launchers / "ssh.sh", *COMMAND], env={**machine, **places}, process_group=0
+    )
+    end = time.monotonic() + 30
+    while len(list(Path(machine["SAID"]).glob("words.*"))) < 2 and time.monotonic() < end:
+        time.sleep(0.02)
+    time.sleep(0.2)  # for the last one's trap
+    return script
+
+
+def stopped(machine: Mapping[str, str]) -> int:
+    return len(list(Path(machine["SAID"]).glob("stopped.*")))
+
+
+def test_ssh_passes_on_what_a_terminal_sends(launchers: Path, machine: dict[str, str]) -> None:
+    """Ctrl-C goes to a whole group, whose background processes don't hear it."""
+    script = started(launchers, machine)
+    os.killpg(script.pid, signal.SIGINT)
+    assert script.wait(30) == 0 and stopped(machine) == 2
+
+
+def test_ssh_ends_all_when_one_fails(launchers: Path, machine: dict[str, str]) -> None:
+    script = started(launchers, machine | {"FAILS": "1"})
+    assert script.wait(30) == 7, "the status of the one that failed"
+    assert stopped(machine) == 1
 
 
 def check_pod(pod: Mapping[str, Any], container: Mapping[str, Any]) -> None:
@@ -207,9 +247,7 @@ def test_ssh_to_two_machines(
     """The stand-in of ssh enters the machine with that address; torchrun is torchrun."""
     programs = tmp_path / "bin"
     cases = [f'{host.address}) exec {" ".join(inside(host.pid))} bash -c "$*" ;;' for host in hosts]
-    body = "\n".join(
-        ["#!/usr/bin/env bash", "where=$2", "shift 2", "case $where in", *cases, "esac"]
-    )
+    body = "\n".join(["#!/usr/bin/env bash", "where=$1", "shift", "case $where in", *cases, "esac"])
     (programs / "ssh").write_text(body)
     (programs / "torchrun").write_text(
         f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"'

@@ -21,7 +21,7 @@ from retool.parallel.shared_work import GroupTorn, SharedWork
 from retool.rl import collect
 from retool.rl.agent.rollout import Sampling
 from retool.rl.build import Run
-from retool.rl.samplers import REST_STEPS, EngineFailed, Samplers
+from retool.rl.samplers import REST_STEPS, EngineFailed, Samplers, Share
 from retool.rl.types import TOOL_FAILURE, Scored, Stop
 from tests.ranks import run_ranks
 from tests.rl.conftest import make_prompt, make_trajectory
@@ -43,6 +43,13 @@ class Engine:
         if self.broken:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         self.releases += 1
+
+
+def test_those_that_failed_lately_take_over_last() -> None:
+    samplers = Samplers(3, back={2: 10})
+    (failed,) = [Share(1, "host", None, error="raised")]
+    assert samplers.left([0, 1], [failed]) == [0]
+    assert samplers.left([1], [failed]) == [2], "nobody else is left"
 
 
 def sampled_by(rank: int, requests: Sequence[Any], fault: str, again: bool) -> list[Scored]:

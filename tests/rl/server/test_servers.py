@@ -4,11 +4,13 @@ engine in the process, other weights after every update, servers that fail.
 
 from __future__ import annotations
 
+import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -31,7 +33,8 @@ from retool.rl.preflight.servers import server_faults
 from retool.rl.server.dialects import DIALECTS, mark_of
 from retool.rl.server.engine import ServerEngine
 from retool.rl.server.fleet import Fleet, Server, ServerOptions, ServerRefused, ServersGone
-from retool.rl.server.sender import _Lost, _read, _require_own_weights
+from retool.rl.server.sender import Sender, Ticket, _Lost, _read, _require_own_weights
+from retool.rl.server.weights import _load
 from tests.llm.models import write_model
 from tests.rl.test_config import REQUIRED
 from tests.serve.server import serving
@@ -228,15 +231,25 @@ def test_a_server_with_other_weights_is_left_out(
     tmp_path: Path,
 ) -> None:
     """It was started again in mid-step, or another run brought its own; until the next update."""
+
+    def tokens(engine: Any) -> dict[int, list[int]]:
+        """Of prompts that both are asked for."""
+        for number in range(4):
+            engine.start(number, [5, 6, number], GREEDY, group=number)
+        found = {turn.key: turn.tokens for turn in until_idle(engine)}
+        for number in found:
+            engine.drop(number)
+        return found
+
     with engine_of(urls, tmp_path, folder, dialect=dialect) as engine:
         engine.sync(trained)
-        want = tokens_of(roll(engine, GREEDY))
+        want = tokens(engine)
         httpx.post(urls[1] + "/collective_rpc", json=reload(folder)).raise_for_status()
         with pytest.warns(UserWarning, match="other weights than it was given"):
-            assert tokens_of(roll(engine, GREEDY)) == want
+            assert tokens(engine) == want
         assert [server.url for server in engine.fleet.there] == [urls[0]]
         engine.sync(trained)
-        assert len(engine.fleet.there) == 2 and tokens_of(roll(engine, GREEDY)) == want
+        assert len(engine.fleet.there) == 2 and tokens(engine) == want
 
 
 def reload(folder: Path) -> dict[str, Any]:
@@ -282,6 +295,48 @@ def test_a_server_that_takes_no_connection(
             warnings.simplefilter("ignore")
             until_idle(engine)
         engine.drop("a")
+
+
+def test_a_server_that_never_answers() -> None:
+    """It takes the connection, and is silent: it is left out after `timeout_s`."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        fleet = Fleet.of([url])
+        fleet.servers[0].dialect = DIALECTS["vllm"]
+        sender = Sender(fleet, ServerOptions((url,), timeout_s=0.2))
+        try:
+            sender.send(Ticket("a", "a", [5], GREEDY, 0))
+            ((_, outcome),) = sender.take(20)
+        finally:
+            sender.close()
+    assert isinstance(outcome, ServersGone) and "more than 0.2 seconds" in str(outcome)
+
+
+def test_each_turn_of_a_conversation_draws_anew(tmp_path: Path) -> None:
+    """Whatever is said in between, and the same each time."""
+    params = SamplingParams(max_tokens=2, seed=(1, 2))
+
+    def seeds() -> list[int]:
+        engine = ServerEngine(ServerOptions(("http://x",)), tmp_path, tmp_path)
+        sent: list[Ticket] = []
+        engine._sender = SimpleNamespace(send=sent.append)  # type: ignore[assignment]
+        engine.start("a", [5, 6], params)
+        for _ in range(2):
+            engine.extend("a", [7], params)
+        return [ticket.seed for ticket in sent]
+
+    assert len(set(seeds())) == 3 and seeds() == seeds()
+
+
+def test_weights_that_a_server_says_it_has_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"success": False, "message": "shapes differ"}
+    request = httpx.Request("POST", "http://x")
+    monkeypatch.setattr(
+        httpx, "post", lambda *_, **__: httpx.Response(200, json=said, request=request)
+    )
+    server = Server("http://x", DIALECTS["sglang"])
+    with pytest.raises(ValueError, match="update_weights_from_disk: shapes differ"):
+        _load(server, ServerOptions(("http://x",)), Path("/weights"))
 
 
 def test_servers_that_cant_be_used_are_named(
