@@ -13,11 +13,14 @@ from retool.checkpoint.format.tracker import checkpoints
 from retool.checkpoint.hf.side_files import MORE_TEMPLATES
 from retool.checkpoint.hf.weights import SafetensorsSource
 from retool.config import Fault
+from retool.data.render.renderer import Renderer, make_renderer
+from retool.data.render.rendering import Rendering
+from retool.data.tokens.load import load_tokenizer, other_tokens
 from retool.model.borrowed.config import Implementation
 from retool.model.borrowed.read import read_any_config
 from retool.model.build import plan_layout
 from retool.model.config import ModelConfig
-from retool.model.hub import MAX_JSON_BYTES, find_model, read_json_object
+from retool.model.hub import MAX_JSON_BYTES, eos_ids, find_model, read_json_object
 from retool.preflight.plan import RunReport, attempt, not_allowed
 from retool.preflight.resume import export_of
 
@@ -74,6 +77,36 @@ def check_model(
         attempt(where, lambda: match_names(layout, source), faults)
         attempt(where, lambda: require_tied(layout, source), faults)
     return config, faults
+
+
+def with_renderer(report: R, rendering: Rendering) -> tuple[R, Renderer | None]:
+    """The report with what the tokenizer and the chat template tell, and the renderer; None where they
+    can't be used.
+
+    The model's folder must be there. Only where `check_tokenizer` found no fault can transformers load
+    what is in it.
+    """
+    key = report.options.pretrained_key
+    folder = report.folder
+    assert folder is not None
+    faults = list[Fault]()
+
+    def make() -> Renderer:
+        tokenizer = load_tokenizer(str(folder), report.options.model.trust_remote_code)
+        return make_renderer(tokenizer, rendering)
+
+    renderer = attempt(key, make, faults)
+    # A checkpoint's export says anew what ends a text
+    attempt(key, lambda: eos_ids(folder), faults)
+    report = report.blame(*faults)
+    if renderer is None:
+        return report, None
+    # The date becomes part of the configuration: a checkpoint must tell it to the run that goes on
+    if renderer.shows_date:
+        data = replace(report.config.data, template_date=rendering.template_date)
+        report = replace(report, config=replace(report.config, data=data))
+    notes = (*report.notes, *other_tokens(renderer.tokenizer, folder))
+    return replace(report, turn_ends=renderer.end_of_turn_ids, notes=notes), renderer
 
 
 def tokenizer_files(folder: Path, chat_template: str | None) -> Iterator[Path]:

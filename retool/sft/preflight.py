@@ -13,6 +13,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from retool.config import Fault, Parsed
@@ -24,17 +25,15 @@ from retool.data.read.names import resolve_files
 from retool.data.read.row_format import RowFormat
 from retool.data.read.source import RowSource
 from retool.data.read.user_function import load_function
-from retool.data.render.renderer import Renderer, make_renderer
+from retool.data.render.renderer import Renderer
 from retool.data.render.rendering import Rendering
 from retool.data.tokenise import LengthLimit
-from retool.data.tokens.load import load_tokenizer, other_tokens
 from retool.metrics import missing_extras
-from retool.model.hub import eos_ids
 from retool.perf import GIB
 from retool.preflight.borrowed import check_longest
 from retool.preflight.checks import check_run, notes_of
 from retool.preflight.machine import check_host_memory
-from retool.preflight.model_folder import check_ids, check_tokenizer, with_model
+from retool.preflight.model_folder import check_ids, check_tokenizer, with_model, with_renderer
 from retool.preflight.plan import attempt, gpu_memory, host_bytes
 from retool.preflight.resume import check_checkpoint, find_checkpoint, template_date
 from retool.preflight.training_memory import OUTSIDE, SLACK
@@ -97,54 +96,35 @@ def _with_data(report: SFTReport, progress: Progress | None) -> SFTReport:
     faults = list[Fault]()
     custom = config.data.custom_cls
     if custom.path is not None and custom.name is not None:
-        attempt(
-            "data.custom_cls", lambda: load_function(str(custom.path), str(custom.name)), faults
-        )
+        load = partial(load_function, custom.path, custom.name)
+        attempt("data.custom_cls", load, faults)
     train = _files(config, "train", faults)
     val = _files(config, "val", faults)
-    report, folder = report.blame(*faults), report.folder
-    if (
-        faults
-        or folder is None
-        or report.model is None
-        or any(check_tokenizer(folder, config.data.chat_template, report.options.pretrained_key))
-    ):
-        return report  # transformers needs a model type that it can read to find the tokenizer
+    report = report.blame(*faults)
+    folder = report.folder
+    if faults or folder is None or report.model is None:
+        return report
+    # transformers needs a model type that it can read to find the tokenizer
+    if any(check_tokenizer(folder, config.data.chat_template, report.options.pretrained_key)):
+        return report
     day = template_date(config.data.template_date, report.then)
-
-    def make() -> Renderer:
-        tokenizer = load_tokenizer(str(folder), config.model.trust_remote_code)
-        return make_renderer(tokenizer, rendering_of(config, day))
-
-    renderer = attempt("model.partial_pretrain", make, faults)
-    attempt("model.partial_pretrain", lambda: eos_ids(folder), faults)  # a save writes them anew
+    report, renderer = with_renderer(report, rendering_of(config, day))
     if renderer is None:
-        return report.blame(*faults)
-    # The date becomes part of the configuration: a checkpoint must tell it to the run that goes on.
-    if renderer.shows_date:
-        report = replace(
-            report, config=replace(config, data=replace(config.data, template_date=day))
-        )
-    report = replace(
-        report,
-        turn_ends=renderer.end_of_turn_ids,
-        notes=(*report.notes, *other_tokens(renderer.tokenizer, folder)),
-    )
+        return report
     report = _with_split(report, renderer, "train", train, progress)
     report = _with_split(report, renderer, "val", val, progress)
     report = report.blame(*_id_faults(report), *_padding_faults(report))
     report = report.blame(*check_longest(report.model, report.longest, "data.max_length"))
-    samples = None if report.train is None else len(report.train.dataset)
-    if samples is not None and samples < config.data.train_batch_size:
+    return report.blame(*_batch_faults(report))
+
+
+def _batch_faults(report: SFTReport) -> Iterator[Fault]:
+    """A batch of more samples than there are."""
+    wanted = report.config.data.train_batch_size
+    samples = wanted if report.train is None else len(report.train.dataset)
+    if samples < wanted:
         problem = f"is more than the {samples} training samples: an epoch has no full batch."
-        report = report.blame(
-            Fault(
-                f"data.train_batch_size={config.data.train_batch_size}",
-                problem,
-                f"Use at most {samples}.",
-            )
-        )
-    return report
+        yield Fault(f"data.train_batch_size={wanted}", problem, f"Use at most {samples}.")
 
 
 def _padding_faults(report: SFTReport) -> Iterator[Fault]:
@@ -182,13 +162,17 @@ def _files(config: SFTConfig, name: Name, faults: list[Fault]) -> list[str]:
     found: list[str] = []
     for entry in wanted:
         where = f"data.{name}_files={entry}"
-        files = attempt(where, lambda entry=entry: resolve_files(entry, custom, part), faults)
+        files = attempt(where, partial(resolve_files, entry, custom, part), faults)
         for file in files or []:
             if not custom:
                 # Only the columns: of a file in a form that nobody knows no row needs to be read.
-                attempt(where, lambda file=file: form.check(file, columns_of(file)), faults)
+                attempt(where, partial(_check_columns, form, file), faults)
             found.append(file)
     return found
+
+
+def _check_columns(form: RowFormat, file: str) -> None:
+    form.check(file, columns_of(file))
 
 
 def part_of(data: DataConfig, name: Name) -> Part:
@@ -202,13 +186,13 @@ def row_format(config: SFTConfig) -> RowFormat:
     data = config.data
     multi = config.data.multiturn
     return RowFormat(
-        multi.enable,
-        multi.messages_key,
-        multi.tools_key,
-        multi.enable_thinking_key,
-        data.prompt_key,
-        data.response_key,
-        data.format,
+        multiturn=multi.enable,
+        messages_key=multi.messages_key,
+        tools_key=multi.tools_key,
+        enable_thinking_key=multi.enable_thinking_key,
+        prompt_key=data.prompt_key,
+        response_key=data.response_key,
+        format=data.format,
     )
 
 
@@ -329,7 +313,8 @@ def _with_memory(report: SFTReport, box: Box) -> SFTReport:
     # Told by `check_run` already: such a layout has no memory to predict.
     if any(check_experts(report.options, processes, model)):
         return report
-    report = replace(report, choice=(choice := choose_for(report)))
+    choice = choose_for(report)
+    report = replace(report, choice=choice)
     if choice.prediction.host and not box.elsewhere:
         report = report.blame(
             *check_host_memory(
@@ -355,11 +340,9 @@ def _notes(report: SFTReport) -> Iterator[str]:
     assert model is not None and choice is not None
     data = config.data
     dp = report.world.processes // config.ulysses_sequence_parallel_size
-    if (
-        report.train is not None
-        and report.val is not None
-        and (both := set(report.train.files) & set(report.val.files))
-    ):
+    files = [set(split.files) for split in (report.train, report.val) if split is not None]
+    both = set.intersection(*files) if len(files) == 2 else ()
+    if both:
         yield (
             f"{min(both)} is in data.train_files and in data.val_files: val/loss is of rows that are "
             "trained."

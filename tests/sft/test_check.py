@@ -480,9 +480,13 @@ FRESH: dict[str, tuple[list[str], list[str]]] = {
         ["model.partial_pretrain={tmp}/short_config"],
         ["does not fit the model"],
     ),
-    "tokens without an embedding": (
+    "tokens without an embedding, and no word of what ends a text": (
         ["model.partial_pretrain={tmp}/short"],
-        ["train.parquet, row ", "rows. The tokenizer isn't this model's"],
+        [
+            "train.parquet, row ",
+            "rows. The tokenizer isn't this model's",
+            "generation_config.json holds no token ids as eos_token_id ('never')",
+        ],
     ),
 }
 
@@ -494,6 +498,7 @@ def wrong(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows_of({"messages": [{"role": "robot", "content": "x"}, *TALK]})(folder)
     (folder / "rl.yaml").write_text("".join(f"actor_rollout_ref.key{i}: 1\n" for i in range(20)))
     short_embedding(work, folder / "short")
+    (folder / "short" / "generation_config.json").write_text('{"eos_token_id": "never"}')
     another_model(work / "model", folder / "short_config", {"hidden_size": 8})
     return folder
 

@@ -10,20 +10,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from retool.config import Fault, Parsed
 from retool.data.read.library import Part
 from retool.data.read.names import resolve_files
 from retool.data.read.user_function import load_function
-from retool.data.render.renderer import Renderer, make_renderer
 from retool.data.render.rendering import Rendering
-from retool.data.tokens.load import load_tokenizer, other_tokens
 from retool.metrics import missing_extras
-from retool.model.hub import eos_ids
 from retool.model.rope import too_long_to_sample
 from retool.perf import GIB
 from retool.preflight.checks import check_run, notes_of
-from retool.preflight.model_folder import check_ids, with_model
+from retool.preflight.model_folder import check_ids, with_model, with_renderer
 from retool.preflight.plan import RECOMPUTE, Choice, attempt, choose, gpu_memory, setting_of
 from retool.preflight.resume import check_checkpoint, find_checkpoint, template_date
 from retool.preflight.world import box_of, check_heads, read_world
@@ -108,38 +106,18 @@ def preflight(
 
 
 def _with_renderer(report: RLReport) -> RLReport:
-    config = report.config
-    faults = list[Fault]()
-    folder = report.folder
-    day = template_date(config.data.template_date, report.then)
-    if folder is None or any(
-        fault.where.startswith((PATH, "data.chat_template")) for fault in report.faults
-    ):
+    """The report with the renderer, unless the model or its template has a fault."""
+    data = report.config.data
+    blamed = any(fault.where.startswith((PATH, "data.chat_template")) for fault in report.faults)
+    if report.folder is None or blamed:
         return report
-
-    def make() -> Renderer:
-        tokenizer = load_tokenizer(str(folder), config.actor_rollout_ref.model.trust_remote_code)
-        rendering = Rendering(
-            chat_template=config.data.chat_template,
-            template_kwargs=config.data.apply_chat_template_kwargs,
-            template_date=day,
-        )
-        return make_renderer(tokenizer, rendering)
-
-    renderer = attempt(PATH, make, faults)
-    attempt(PATH, lambda: eos_ids(folder), faults)
-    if renderer is not None and renderer.shows_date:
-        report = replace(
-            report, config=replace(config, data=replace(config.data, template_date=day))
-        )
-    if renderer is None:
-        return report.blame(*faults)
-    return replace(
-        report.blame(*faults),
-        renderer=renderer,
-        turn_ends=renderer.end_of_turn_ids,
-        notes=(*report.notes, *other_tokens(renderer.tokenizer, folder)),
+    rendering = Rendering(
+        chat_template=data.chat_template,
+        template_kwargs=data.apply_chat_template_kwargs,
+        template_date=template_date(data.template_date, report.then),
     )
+    report, renderer = with_renderer(report, rendering)
+    return replace(report, renderer=renderer)
 
 
 def _engine_faults(report: RLReport) -> Iterator[Fault]:
@@ -206,8 +184,8 @@ def _with_functions(report: RLReport, first: bool, held: Held) -> RLReport:
             multi.tool_session,
         )
         if held.tools is None:
-            named = multi.tool_config_path, multi.tools or ()
-            tools = attempt(where, lambda: load_tools(named[0], limits, named[1]), faults) or ()
+            load = partial(load_tools, multi.tool_config_path, limits, multi.tools or ())
+            tools = attempt(where, load, faults) or ()
         else:
             tools = attempt("tools", lambda: make_tools(held.tools or (), limits), faults) or ()
     faults += sandbox_faults(tools, first)
@@ -296,17 +274,16 @@ def _read(
     if not files:
         return None
     schemas = [tool.schema for tool in report.tools] or None
+    in_a_world = report.environment is not None or report.loop is not None
     options = PromptOptions(
-        data.prompt_key,
-        data.answer_format,
-        data.max_prompt_length,
-        data.filter_overlong_prompts,
-        data.truncation,
-        limit,
+        prompt_key=data.prompt_key,
+        answer_format=data.answer_format,
+        max_length=data.max_prompt_length,
+        filter_overlong=data.filter_overlong_prompts,
+        truncation=data.truncation,
+        max_samples=limit,
         needs_truth=report.reward is None or report.reward.needs_truth,
-        keeps_rows="row" in report.sees
-        or report.environment is not None
-        or report.loop is not None,
+        keeps_rows="row" in report.sees or in_a_world,
     )
 
     def read() -> Questions:
@@ -337,7 +314,7 @@ def _file_faults(data: DataConfig) -> list[Fault]:
         ("data.train_files", data.train_files),
         ("data.val_files", data.val_files or ()),
     ):
-        attempt(where, lambda where=where, files=files: _found(data, files, where), faults)
+        attempt(where, partial(_found, data, files, where), faults)
     return faults
 
 
