@@ -5,6 +5,7 @@ undamaged, consistent and finite.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TypeVar
@@ -93,7 +94,7 @@ def _model_faults(folder: Path, progress: Progress) -> list[str]:
         attempt(lambda: match_names(layout, source))
         attempt(lambda: require_tied(layout, source))
     for name in source.names():
-        bad = attempt(lambda name=name: _not_finite(source, name, progress))
+        bad = attempt(partial(_not_finite, source, name, progress))
         if bad:
             problems.append(f"{folder}: {name} has {bad} values that are not finite.")
     return problems

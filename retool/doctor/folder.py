@@ -52,17 +52,17 @@ def findings(mesh: Mesh, machines: Sequence[Machine], folder: Path) -> list[Find
 def _findings(
     where: Path, machines: Sequence[Machine], said: Sequence[tuple[str, list[int], list[int]]]
 ) -> list[Finding]:
-    refused = [
-        f"{m.name}: {wrong}" for m, (wrong, _, _) in zip(machines, said, strict=True) if wrong
-    ]
-    lost = dict.fromkeys(
-        m.place.host for m, (_, unseen, _) in zip(machines, said, strict=True) if unseen
-    )
-    late = dict.fromkeys(
-        m.place.host
-        for m, (_, unseen, stale) in zip(machines, said, strict=True)
-        if stale and not unseen
-    )
+    refused = list[str]()
+    # Several ranks are on a host, which is named once
+    lost: dict[str, None] = {}
+    late: dict[str, None] = {}
+    for machine, (wrong, unseen, stale) in zip(machines, said, strict=True):
+        if wrong:
+            refused.append(f"{machine.name}: {wrong}")
+        if unseen:
+            lost[machine.place.host] = None
+        elif stale:
+            late[machine.place.host] = None
     apart = f"A file that one machine writes doesn't appear on {', '.join(lost)}: mount one disk at this path on all."
     renames = (
         f"A rename isn't seen within {PATIENCE_S:g} s on {', '.join(late)}: checkpoints get their "
@@ -70,7 +70,7 @@ def _findings(
     )
     named = f"{where}, by all ranks"
     return [
-        Finding("folder: writable", named, "; ".join(refused) and f"Not by {'; '.join(refused)}."),
+        Finding("folder: writable", named, f"Not by {'; '.join(refused)}." if refused else ""),
         Finding("folder: shared", named, apart if lost else ""),
         Finding("folder: renames show", named, renames if late else ""),
     ]

@@ -86,6 +86,7 @@ class Pipeline:
             loop = self._start("start", Step(singles, step.copies)) if singles else None
             part = self._start("chunks", beside)
             return Flying(loop, part) if repeatable else Flying(None, part, loop)
+        # No recorded steps, or several tokens of a sequence beside single ones: shapes of its own
         if worker.loop is None or (chunks and not self.options.deterministic):
             return Flying(other=self._start("once", step))
         part = self._start("start", step)
@@ -116,9 +117,11 @@ class Pipeline:
         """
         in_loop = flying.loop.rows if flying.loop else []
         over = [n for n, row in enumerate(in_loop) if row is not None and not row.is_running]
-        # A sequence that ended may run again before its draw in vain is read
+        # Whoever isn't running any more is taken out now: it may run again before its draw, which was
+        # in vain, is read
         for part in flying.parts():
             part.rows[:] = [s if s is not None and s.is_running else None for s in part.rows]
+        # Its rows aren't in the loop's tensors: a new plan puts them there
         if flying.other is not None:
             return None
 

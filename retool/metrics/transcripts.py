@@ -220,4 +220,5 @@ def _has_text(segment: Any) -> bool:
 
 
 def _finite(text: str) -> float | None:
-    return number if math.isfinite(number := float(text)) else None
+    number = float(text)
+    return number if math.isfinite(number) else None

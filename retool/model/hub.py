@@ -107,7 +107,9 @@ def eos_ids(folder: Path) -> tuple[int, ...]:
 def eos_ids_of(path: Path) -> tuple[int, ...]:
     """`eos_token_id` of one file; none where it isn't there. Raises ValueError as `eos_ids` does."""
     said = read_json_object(path).get("eos_token_id") if path.is_file() else None
-    ids: list[Any] = said if isinstance(said, list) else [] if said is None else [said]
+    if said is None:
+        return ()
+    ids: list[Any] = said if isinstance(said, list) else [said]
     if not all(type(token) is int for token in ids):
         raise ValueError(
             f"{path} holds no token ids as eos_token_id ({said!r:.80}). Fetch it again."

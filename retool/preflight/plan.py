@@ -165,9 +165,9 @@ def setting_of(options: RunOptions, world: World) -> Setting:
     cuda = trainer.device != "cpu" and (
         torch.cuda.is_available() or trainer.device_memory_gb is not None
     )
-    compute = (
-        ("bf16" if cuda else fsdp.model_dtype) if fsdp.param_dtype == "auto" else fsdp.param_dtype
-    )
+    compute = fsdp.param_dtype
+    if compute == "auto":
+        compute = "bf16" if cuda else fsdp.model_dtype
     return Setting(
         shards=shards,
         ep=fsdp.expert_parallel_size,

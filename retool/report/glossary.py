@@ -257,7 +257,11 @@ def _read(table: str) -> dict[str, Meaning]:
     for heading, says in zip(lines[::2], lines[1::2], strict=True):
         name, title, unit, flags = (cell.strip() for cell in heading.split(" |"))
         words = flags.split()
-        better: Direction = "down" if "down" in words else "up" if "up" in words else ""
+        better: Direction = ""
+        if "down" in words:
+            better = "down"
+        elif "up" in words:
+            better = "up"
         meanings[name] = Meaning(
             title, unit, says.strip(), better, noisy="noisy" in words, first="first" in words
         )

@@ -331,8 +331,10 @@ def with_one_trace(members: list[Scored] | None) -> list[Scored] | None:
     """The same, but of the tracebacks only the first: thousands of them would travel between the
     ranks.
     """
-    first = next((i for i, member in enumerate(members or []) if member.trace), None)
-    return members and [
+    if members is None:
+        return None
+    first = next((i for i, member in enumerate(members) if member.trace), None)
+    return [
         replace(member, trace="") if member.trace and i != first else member
         for i, member in enumerate(members)
     ]

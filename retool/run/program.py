@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -165,11 +166,9 @@ def given_files(
     faults: list[Fault] = []
     for name, rows in data.items():
         key = f"data.{name}_files"
-        found = (
-            None
-            if rows is None
-            else attempt(key, lambda r=rows, n=name: files_of(r, n, folder), faults)
-        )
+        if rows is None:
+            continue
+        found = attempt(key, partial(files_of, rows, name, folder), faults)
         if found is not None:
             files[key] = found
     return files, faults

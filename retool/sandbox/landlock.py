@@ -35,8 +35,9 @@ def abi() -> int:
 
 def file_rights(version: int) -> int:
     """Every file right that version `version` knows: those not granted are denied."""
-    newest = 13 if version < 2 else 14 if version < 3 else 15 if version < 5 else 16
-    return (1 << newest) - 1
+    # The first has 13; 2 brought REFER, 3 TRUNCATE and 5 IOCTL_DEV
+    count = 13 + (version >= 2) + (version >= 3) + (version >= 5)
+    return (1 << count) - 1
 
 
 def scopes_signals(version: int) -> bool:
@@ -62,7 +63,9 @@ def restrict(version: int, granted: list[tuple[int, int]], scope: bool) -> None:
     scope = scope and scopes_signals(version)
     attributes = struct.pack("QQQ", handled, 3 if version >= 4 else 0, 3 if scope else 0)
     # A kernel refuses attributes that are larger than it knows
-    size = 8 if version < 4 else 24 if scope else 16
+    size = 8
+    if version >= 4:
+        size = 24 if scope else 16
     ruleset = kernel.check(
         kernel.libc.syscall(_CREATE, attributes, ctypes.c_size_t(size), ctypes.c_uint(0)),
         "landlock_create_ruleset",

@@ -123,6 +123,17 @@ def _hidden_from(uid: int) -> list[str]:
     return said.split("\n") if said else []
 
 
+NAMESPACES: dict[str, Callable[[], None]] = {
+    "mount_namespace": _try_mounts,
+    "pid_namespace": _try_pids,
+    "network_namespace": lambda: kernel.unshare(kernel.CLONE_NEWNET),
+    "ipc_namespace": _try_names,
+}
+NO_CGROUP = (
+    "no memory controller that this process may write to: memory is summed by the supervisor"
+)
+
+
 def find(without: frozenset[str] = frozenset(), slots: int = 64) -> Plan:
     """Try every layer but those in `without` (a test's way to leave layers out) and say what is
     there.
@@ -132,24 +143,20 @@ def find(without: frozenset[str] = frozenset(), slots: int = 64) -> Plan:
             f"unknown isolation layers {sorted(unknown)}; there are {', '.join(LAYERS)}."
         )
     missing = dict.fromkeys(without, "left out on request")
-    privileged = os.geteuid() == 0 and bool(
-        kernel.effective_capabilities() >> kernel.CAP_SYS_ADMIN & 1
-    )
+    may_mount = bool(kernel.effective_capabilities() >> kernel.CAP_SYS_ADMIN & 1)
+    privileged = os.geteuid() == 0 and may_mount
+    # Whoever has no privileges gets them in a user namespace of the server's own
     outer = not privileged and "user_namespace" not in missing
     first_uid = free_uids(slots) if os.geteuid() == 0 and "separate_uid" not in missing else 0
     uids = range(first_uid, first_uid + slots if first_uid else 0)
 
     def test(name: str, action: Callable[[], None]) -> None:
-        if name not in missing and (said := attempt(action)):
+        said = "" if name in missing else attempt(action)
+        if said:
             missing[name] = said
 
     test("user_namespace", lambda: enter_user_namespace(uids if outer else range(0)))
-    for name, action in {
-        "mount_namespace": _try_mounts,
-        "pid_namespace": _try_pids,
-        "network_namespace": lambda: kernel.unshare(kernel.CLONE_NEWNET),
-        "ipc_namespace": _try_names,
-    }.items():
+    for name, action in NAMESPACES.items():
         if not privileged and "user_namespace" in missing:
             missing.setdefault(name, f"user namespaces are refused ({missing['user_namespace']})")
         else:
@@ -161,25 +168,19 @@ def find(without: frozenset[str] = frozenset(), slots: int = 64) -> Plan:
     test("landlock", lambda: _try_landlock(scope=False))
     version = 0 if "landlock" in missing else landlock.abi()
     if not landlock.scopes_signals(version):
-        missing.setdefault(
-            "landlock_scopes", f"Landlock ABI {version} can't scope signals (Linux 6.12 can)"
-        )
+        why = f"Landlock ABI {version} can't scope signals (Linux 6.12 can)"
+        missing.setdefault("landlock_scopes", why)
     test("landlock_scopes", lambda: _try_landlock(scope=True))
-    if "separate_uid" not in missing and not first_uid:
-        missing["separate_uid"] = "not started as root: programs keep the caller's uid"
-    if "separate_uid" not in missing:
-        test("separate_uid", lambda: os.setresuid(first_uid, first_uid, first_uid))
+    if not first_uid:
+        missing.setdefault("separate_uid", "not started as root: programs keep the caller's uid")
+    test("separate_uid", lambda: os.setresuid(first_uid, first_uid, first_uid))
     group = "" if "cgroup" in missing else cgroups.find()
-    if "cgroup" not in missing and not group:
-        missing["cgroup"] = (
-            "no memory controller that this process may write to: memory is summed by the supervisor"
-        )
+    if not group:
+        missing.setdefault("cgroup", NO_CGROUP)
+
     present = frozenset(LAYERS) - missing.keys()
     uid = first_uid if "separate_uid" in present else 0
-    hidden = _hidden_from(uid) if uid and "mount_namespace" not in present else []
-    exact = bool(uid) or (
-        "user_namespace" in present and os.geteuid() != 0 and _counts_per_namespace()
-    )
+    own_namespace = "user_namespace" in present and os.geteuid() != 0
     return Plan(
         present,
         missing,
@@ -187,9 +188,11 @@ def find(without: frozenset[str] = frozenset(), slots: int = 64) -> Plan:
         slots=slots,
         landlock=version,
         outer_user=outer and "user_namespace" in present,
-        hidden=hidden,
+        # Where programs have a root of their own they see no other folders
+        hidden=_hidden_from(uid) if uid and "mount_namespace" not in present else [],
         cgroup=group,
-        exact_tasks=exact,
+        # The kernel counts processes by user: exact where a program's user is nobody else's
+        exact_tasks=bool(uid) or (own_namespace and _counts_per_namespace()),
     )
 
 

@@ -123,14 +123,12 @@ def choose_for(report: SFTReport) -> Choice:
         return choice
     fuller = decide(TOKENS_TO_FILL_A_GPU)
     # More tokens at once may not cost a recomputation that fewer do without
-    same_price = choice == replace(
-        fuller,
-        tokens=choice.tokens,
-        prediction=choice.prediction,
-        hold=choice.hold,
-        recorded=choice.recorded,
-    )
-    return fuller if fuller.fits and same_price else choice
+    return fuller if fuller.fits and _price(fuller) == _price(choice) else choice
+
+
+def _price(choice: Choice) -> tuple[object, ...]:
+    """What a token budget makes slower."""
+    return choice.fits, choice.recompute, choice.parked, choice.keep_copy, choice.reshard
 
 
 def packing_of(report: SFTReport, dp_rank: int, dp: int, sp: int) -> Packing:

@@ -11,7 +11,7 @@ import torch
 from retool.batch import PackedBatch
 from retool.model.decoder import balance_of
 from retool.model.experts.balance import NUMBERS, counted
-from retool.optim import AdamW
+from retool.optim import AdamW, LossScale
 from retool.parallel.collectives import sum_over
 from retool.parallel.fsdp import Sharded
 from retool.parallel.streams import start_copy_to_host
@@ -71,23 +71,20 @@ def train_step(
     # float64: thousands of micro-batches' shares are added, and float32 would depend on how they
     # are cut.
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    # 1: all answers of a batch may have been cut off
+    divisor = max(trained_tokens, 1)
     with timer.phase("forward_backward"):
         for number, batch in enumerate(micro_batches, 1):
             if beat is not None:
                 beat()
             last = number == len(micro_batches)
-            held = model.no_sync() if hold_gradients else nullcontext()
+            hold = hold_gradients and not last
+            held = model.no_sync() if hold else nullcontext()
             with model.last_backward() if last else held:
                 if small is not None and small.takes(batch):
-                    scale = optimizer.loss_scale.value
-                    held_here = hold_gradients and not last
-                    total += small.run(batch, max(trained_tokens, 1), scale, held_here)
-                    continue
-                with counted(balance, optimizer.loss_scale.value):
-                    # 1: all answers of a batch may have been cut off
-                    loss = loss_sum(model, batch) / max(trained_tokens, 1)
-                optimizer.loss_scale.scaled(loss).backward()
-            total += loss.detach()
+                    total += small.run(batch, divisor, optimizer.loss_scale.value, hold)
+                else:
+                    total += _forward_backward(model, batch, divisor, optimizer.loss_scale)
         model.finish_gradients()
     with timer.phase("optimizer"):
         norm, skipped = optimizer.step(lr)
@@ -95,6 +92,16 @@ def train_step(
     sum_over(total, mesh.world_group)
     values = torch.stack([total, norm.double(), skipped.double()])
     return on_its_way(values if balance is None else torch.cat([values, balance.numbers()]))
+
+
+def _forward_backward(
+    model: Sharded, batch: PackedBatch, divisor: int, scale: LossScale
+) -> torch.Tensor:
+    """This rank's share of the loss, without a history, after its backward."""
+    with counted(balance_of(model), scale.value):
+        loss = loss_sum(model, batch) / divisor
+    scale.scaled(loss).backward()
+    return loss.detach()
 
 
 def on_its_way(values: torch.Tensor) -> Measured:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from retool.checkpoint.format.folder import (
     CHECKSUMS,
@@ -82,15 +83,20 @@ def _training_steps(where: Path) -> Iterator[tuple[Path, int]]:
     """(file, training step that it tells), of each file that tells one."""
     if not written_by_us(where) or not any(where.glob("model_world_size_*_rank_*.pt")):
         return
+    for path, step in _said_steps(where):
+        if isinstance(step, int):
+            yield path, step
+
+
+def _said_steps(where: Path) -> Iterator[tuple[Path, Any]]:
+    """(file, whatever stands where the step should)."""
     config = read_small_json(where / CONFIG)
-    if isinstance(config, dict) and isinstance(step := config.get("step"), int):
-        yield where / CONFIG, step
+    if isinstance(config, dict):
+        yield where / CONFIG, config.get("step")
     model = Shards(where, "model")
     for rank in range(model.world):
         content = model.file(rank).content
-        if isinstance(content, Attributed) and isinstance(
-            step := content.attributes.get(SAVED_AT), int
-        ):
-            yield model.file(rank).path, step
-        if isinstance(step := (extra_state(where, rank) or {}).get("step"), int):
-            yield where / shard_name("extra_state", model.world, rank), step
+        if isinstance(content, Attributed):
+            yield model.file(rank).path, content.attributes.get(SAVED_AT)
+        extra = extra_state(where, rank) or {}
+        yield where / shard_name("extra_state", model.world, rank), extra.get("step")

@@ -63,17 +63,8 @@ def make_batch(
     `all_rows`: where nothing but single tokens is computed, or with `expand`, all of them are rows
     (None where nothing is drawn), so that shapes depend on the number of tokens alone.
     """
-    items = step.items
-    singles = [item for item in items if item.count == 1]
-    chunks = [item for item in items if item.count > 1]
-    if expand:
-        singles = [
-            Item(item.sequence, place, 1)
-            for item in items
-            for place in range(item.start, item.start + item.count)
-        ]
-        chunks = []
-    padding = -sum(item.count for item in items) % multiple
+    singles, chunks = _by_kind(step.items, expand)
+    padding = -sum(item.count for item in step.items) % multiple
     decode = len(singles) + padding
     at = [*enumerate(singles), *enumerate(chunks, decode)]  # items with their numbers
 
@@ -89,13 +80,14 @@ def make_batch(
     pages = tables[owner, positions // page_size].astype(np.int64)
 
     tokens = np.zeros(len(owner), np.int64)
-    drawing: list[tuple[int, Sequence | None]] = []
-    end_of = ends.tolist()
+    lasts = (ends - 1).tolist()
     for number, item in at:
-        end = end_of[number]
+        end = lasts[number] + 1
         stop = item.start + item.count
         tokens[end - item.count : end] = item.sequence.tokens[item.start : stop]
-        drawing.append((end - 1, item.sequence if item.draws else None))
+
+    # A row is an item's last token; who it draws for, if anybody
+    drawing = [(lasts[number], item.sequence if item.draws else None) for number, item in at]
     if all_rows and not chunks:
         drawing += [(row, None) for row in range(len(singles), decode)]
     else:
@@ -119,6 +111,18 @@ def make_batch(
         each_alone=expand,
     )
     return batch, sequences
+
+
+def _by_kind(items: list[Item], expand: bool) -> tuple[list[Item], list[Item]]:
+    """Items of a single token, and chunks; with `expand` each token is an item of its own."""
+    if not expand:
+        return [i for i in items if i.count == 1], [i for i in items if i.count > 1]
+    singles = [
+        Item(item.sequence, place, 1)
+        for item in items
+        for place in range(item.start, item.start + item.count)
+    ]
+    return singles, []
 
 
 def _page_tables(at: list[tuple[int, Item]], items: int, page_size: int) -> np.ndarray:

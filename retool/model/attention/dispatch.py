@@ -76,24 +76,9 @@ def choose_backend(
     reason = why_not_fused(device, dtype, head_dim)
     if wanted == "reference" or (wanted == "auto" and reason):
         return "reference"
-    if wanted != "auto" and (reason := why_not(wanted, device, dtype, head_dim, capped=capped)):
-        raise ValueError(f"attention backend {wanted!r} {reason}. Use reference, or auto.")
-    can_cudnn = (
-        torch.cuda.get_device_capability(device) >= CUDNN_FROM and head_dim <= CUDNN_LARGEST_HEAD
-    )
-    if torch.are_deterministic_algorithms_enabled():
-        if wanted == "cudnn":
-            raise ValueError(
-                "attention backend 'cudnn' adds up gradients in no fixed order: it isn't "
-                "deterministic. Use varlen or auto."
-            )
-        fused = ["varlen"]
-    else:
-        fused = ["cudnn"] * can_cudnn + attention_flash.available(device)
-    if capped:
-        # It has a switch for the same bits, too
-        fused = [name for name in attention_flash.available(device) if name in WITH_CAPS]
-    for backend in fused if wanted == "auto" else [wanted]:
+    if wanted != "auto":
+        _require_possible(wanted, device, dtype, head_dim, capped)
+    for backend in _fastest_first(device, head_dim, capped) if wanted == "auto" else [wanted]:
         error = kernel_error(backend, device, dtype, head_dim)
         if error <= TRUSTED and (windowed or capped):
             error = kernel_error(backend, device, dtype, head_dim, windowed, capped)
@@ -112,6 +97,32 @@ def choose_backend(
         slow = "no kernel here caps attention's scores: the plain formula does, slower"
         warnings.warn(f"{slow}. flash-attn ≥ 2.6 does, built with soft-caps.", stacklevel=2)
     return "reference"
+
+
+def _require_possible(
+    wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int, capped: bool
+) -> None:
+    """ValueError where a kernel that was asked for can't take these inputs, or not as the run wants it."""
+    reason = why_not(wanted, device, dtype, head_dim, capped=capped)
+    if reason:
+        raise ValueError(f"attention backend {wanted!r} {reason}. Use reference, or auto.")
+    if wanted == "cudnn" and torch.are_deterministic_algorithms_enabled():
+        raise ValueError(
+            "attention backend 'cudnn' adds up gradients in no fixed order: it isn't "
+            "deterministic. Use varlen or auto."
+        )
+
+
+def _fastest_first(device: torch.device, head_dim: int, capped: bool) -> list[str]:
+    """The fused kernels for inputs that they take, as far as their kind tells."""
+    flash = attention_flash.available(device)
+    if capped:
+        # It has a switch for the same bits, too
+        return [name for name in flash if name in WITH_CAPS]
+    if torch.are_deterministic_algorithms_enabled():
+        return ["varlen"]
+    on_hopper = torch.cuda.get_device_capability(device) >= CUDNN_FROM
+    return ["cudnn"] * (on_hopper and head_dim <= CUDNN_LARGEST_HEAD) + flash
 
 
 def why_not(

@@ -62,10 +62,12 @@ class Call:
     def run(self, arguments: Sequence[Any]) -> Tensor:
         held = self.block._parameters
         tokens = len(arguments[0])
-        inputs = [
-            tokens if each is None else held[each] if isinstance(each, str) else arguments[each]
-            for each in self.inputs
-        ]
+        inputs: list[Any] = []
+        for each in self.inputs:
+            if each is None:
+                inputs.append(tokens)
+            else:
+                inputs.append(held[each] if isinstance(each, str) else arguments[each])
         if self.origins is None:
             assert self.graph.forward is not None
             return self.graph.forward(inputs)[0]
@@ -196,6 +198,8 @@ class _Replayed(torch.autograd.Function):
     def forward(ctx: Any, graph: Graph, origins: list[int], *inputs: Any) -> Tensor:
         assert graph.forward is not None
         made = graph.forward(list(inputs))
+        # What the backward will be given, with a hole where the result's gradient goes. Tensors are
+        # saved, numbers of tokens are kept beside them
         taken = [None if place < 0 else made[place] for place in origins]
         ctx.save_for_backward(*(each if isinstance(each, Tensor) else None for each in taken))
         ctx.graph = graph

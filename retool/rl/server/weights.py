@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def write_weights(sharded: Sharded, folder: Path, model_folder: Path) -> str:
     for layout, whole in whole_units(sharded):
         if writer is not None:
             for _, piece in named(layout, whole.cpu()):
-                attempt(lambda piece=piece: writer.write(piece))
+                attempt(partial(writer.write, piece))
     if writer is not None:
         attempt(writer.close)
         if problem:

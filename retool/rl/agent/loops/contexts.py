@@ -167,6 +167,7 @@ class Contexts:
         found = self._turn_before(messages)
         if found is None:
             return self._rendered(messages)
+        # The turn is kept token by token, as it was sampled; only what came after it is rendered
         context, place = found
         responses = [checked_message(message) for message in messages[place.messages :]]
         ids = self.agent.renderer.render_tool_turn(
@@ -174,12 +175,13 @@ class Contexts:
         )
         if place.tokens == len(context.tokens) and not context.busy:
             return Given(context, ids, messages, responses)
+        # Somebody went on from this turn already: a context of its own begins with the same tokens
         before = context.tokens[: place.tokens]
         return Given(self._fresh(), [*before, *ids], messages, responses)
 
     def _turn_before(self, messages: list[Any]) -> tuple[Context, Place] | None:
         """The last turn that these messages go on from, with others than the model's."""
-        last = max((i for i, m in enumerate(messages) if _is_model_s(m)), default=-1)
+        last = max((i for i, m in enumerate(messages) if _is_of_model(m)), default=-1)
         for context in self.all:
             for place in context.places:
                 if place.messages == last + 1 and self._is_at(context, place, messages):
@@ -239,7 +241,7 @@ def _is_token(entry: Any) -> bool:
     return isinstance(entry, (int, np.integer)) and not isinstance(entry, bool)
 
 
-def _is_model_s(message: Any) -> bool:
+def _is_of_model(message: Any) -> bool:
     return isinstance(message, dict) and message.get("role") == "assistant"
 
 

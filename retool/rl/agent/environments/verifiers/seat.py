@@ -60,7 +60,9 @@ class PolicyClient(Client):
 
 def _completion(reply: Mapping[str, Any], was_cut: bool) -> dict[str, Any]:
     """A message as OpenAI's API gives it."""
-    reason = "length" if was_cut else "tool_calls" if reply.get("tool_calls") else "stop"
+    reason = "tool_calls" if reply.get("tool_calls") else "stop"
+    if was_cut:
+        reason = "length"
     choice = {"index": 0, "message": dict(reply), "finish_reason": reason}
     return {
         "id": "retool",
