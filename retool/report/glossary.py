@@ -72,11 +72,11 @@ tool/latency | Tool latency | seconds | down noisy
 tool/queue_s | Tool queue | seconds | down noisy
     How long a call waited before it could start, on average. More workers shorten it.
 reward/exceptions | Reward failures | in a step | down
-    Answers whose reward function raised an error: they got the lowest score.
+    Answers whose reward function raised an error: they got reward_model.floor.
 reward/timeouts | Reward time-outs | in a step | down
-    Answers whose reward function took too long: they got the lowest score.
+    Answers whose reward function took too long: they got reward_model.floor.
 reward/killed | Reward processes killed | in a step | down
-    Answers whose reward function took too much memory: they got the lowest score.
+    Answers whose reward process died, for want of memory, say: they got reward_model.floor.
 actor/pg_loss | Policy loss | | noisy
     What the optimizer lowers. Its level says little.
 actor/entropy | Entropy | nats per token | noisy first

@@ -53,7 +53,8 @@ class _Sampled:
 def collect(run: Run, state: TrainState, times: Metrics) -> Collected | None:
     """Sample a step's groups; None when asked to stop."""
     session = run.session
-    wanted = session.report.config.data.train_batch_size
+    config = session.report.config
+    wanted = config.data.train_batch_size
     run.samplers.moved = 0
     sync(run, times)
     sampled = _sample_rounds(run, state, times)
@@ -61,12 +62,13 @@ def collect(run: Run, state: TrainState, times: Metrics) -> Collected | None:
     if sampled is None:
         return None
     _require_usable(run, state, sampled)
-    groups, kept = dynamic.take(sampled.collection, wanted)
+    keeps = config.algorithm.filter_groups.enable
+    groups, kept = dynamic.take(sampled.collection, wanted, keeps)
     if len(groups) < wanted:
         rounds = f"{sampled.collection.rounds} rounds of sampling"
         what = "training on them" if groups else "nothing is trained"
         if not groups and not state.lost_to:
-            metric = session.report.config.algorithm.filter_groups.metric
+            metric = config.algorithm.filter_groups.metric
             state.skips.without = f"no group of a step had answers whose {metric} differs"
         step = state.step + 1
         say(session.mesh, f"step {step}: {len(groups)} of {wanted} groups after {rounds}; {what}.")

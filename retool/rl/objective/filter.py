@@ -131,6 +131,11 @@ def complete(collection: Collection, wanted: int, most_rounds: int) -> bool:
     return is_full or is_spent
 
 
-def take(collection: Collection, wanted: int) -> tuple[list[Group], list[Group]]:
-    """(the step's batch, what is kept for the next): the oldest first."""
-    return list(collection.groups[:wanted]), list(collection.groups[wanted:])
+def take(collection: Collection, wanted: int, keeps: bool) -> tuple[list[Group], list[Group]]:
+    """(the step's batch, what is kept for the next): the oldest first.
+
+    A run `keeps` nothing without dynamic sampling. What one with it had kept would otherwise have a
+    fresh group wait in its place, in every step.
+    """
+    surplus = collection.groups[wanted:] if keeps else ()
+    return list(collection.groups[:wanted]), list(surplus)

@@ -152,7 +152,8 @@ def test_dynamic_sampling() -> None:
     assert not complete(c, 2, 0) and complete(c, 2, 1)
     c = add(c, [group(3, [1, -1], 4), group(4, [-1, 1], 4)], "acc")
     assert complete(c, 2, 0)
-    batch, kept = take(c, 2)
+    assert take(c, 2, keeps=False)[1] == []
+    batch, kept = take(c, 2, keeps=True)
     assert [g.prompt.index for g in batch] == [1, 3] and [g.prompt.index for g in kept] == [4]
     assert c.metrics(len(kept)) == {
         "filter/gen_batches": 2,
