@@ -53,7 +53,7 @@ def make_world(draw: random.Random) -> World:
     elsewhere = [fact for _ in range(19) for fact in make_facts(draw)]
     shown = [demonstrate(fact, careful=draw.random() < 0.5) for fact in elsewhere]
     rows = [{"prompt": ask(fact), "answer": fact[2]} for fact in facts]
-    return World(shown, rows[64:], rows[:64], reward=right, tools=[search], sft_steps=600)
+    return World(shown, rows[64:], rows[:64], right, [search], sft_steps=600, learning_rate=1e-4)
 
 
 if __name__ == "__main__":
