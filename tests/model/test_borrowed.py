@@ -176,6 +176,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gemma2", {}, "final_logit_softcapping=30.0"),
     ("gemma2", {"final_logit_softcapping": None}, "asks for softcap=50"),
     ("mixtral", {}, "a mixture of experts"),
+    ("mixtral", {"attention_dropout": 0.1}, "lists. attention_dropout=0.1 is not implemented"),
+    ("qwen2_moe", {"sliding_window": 0}, "a mixture of experts"),
     ("gpt2", {"resid_pdrop": 0.1}, "resid_pdrop=0.1"),
     ("minicpm3", {}, "heads of keys and values differ in width"),
     ("diffllama", {}, "calls attention 2 times, not once"),

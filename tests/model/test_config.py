@@ -371,7 +371,17 @@ def fuzz(folder: Path, seeds: range) -> dict[str, int]:
 COMPUTED: dict[str, dict[str, Any]] = {
     "biases of attention": {"model_type": "qwen3", "attention_bias": True},
     "as many heads of keys": {"model_type": "qwen2", "num_key_value_heads": None},
-    "YaRN between channels": {"model_type": "qwen2", "rope_scaling": {**YARN, "truncate": False}},
+    # The ramp begins and ends between channels 2 and 6
+    "YaRN between channels": {
+        "model_type": "qwen2",
+        "rope_theta": 100.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 2200,
+            "truncate": False,
+        },
+    },
     "positions divided": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}},
     "YaRN where windows are": {
         "model_type": "olmo3",

@@ -101,19 +101,26 @@ def borrow(content: dict[str, Any]) -> BorrowedConfig:
     ValueError says what can't.
     """
     text = content_of(content)
-    if faults := [*_refusals(content), *_dropped(text)]:
-        raise ValueError(" ".join(faults))
+    dropped = list(_dropped(text))
+    if faults := list(_refusals(content)):
+        raise ValueError(" ".join([*faults, *dropped]))
     try:
-        return measured(text).config
+        config = measured(text).config
     except ValueError as error:
-        name = content["model_type"]
-        problem = f"can't run as transformers' module: {error}"
-        if name in FAMILIES:
-            raise ValueError(f"model_type {name!r} {problem}. Use model.impl=auto.") from None
-        raise ValueError(
-            f"model_type {name!r} has no file in retool, and {problem}. Use another model: one of "
-            f"{', '.join(FAMILIES)}, or one that docs/models.md lists."
-        ) from None
+        raise ValueError(" ".join([_cannot_run(content["model_type"], error), *dropped])) from None
+    if dropped:
+        raise ValueError(" ".join(dropped))
+    return config
+
+
+def _cannot_run(name: str, error: ValueError) -> str:
+    problem = f"can't run as transformers' module: {error}"
+    if name in FAMILIES:
+        return f"model_type {name!r} {problem}. Use model.impl=auto."
+    return (
+        f"model_type {name!r} has no file in retool, and {problem}. Use another model: one of "
+        f"{', '.join(FAMILIES)}, or one that docs/models.md lists."
+    )
 
 
 def _refusals(c: dict[str, Any]) -> Iterator[str]:
@@ -127,7 +134,10 @@ def _refusals(c: dict[str, Any]) -> Iterator[str]:
     if c.get("is_encoder_decoder"):
         yield "is_encoder_decoder=true is not implemented. Use a decoder."
     for name in SIZES:
-        if type(c.get(name)) in (int, float):
+        given = c.get(name)
+        # A window of 0 is how some files say that there is none
+        none = given == 0 and name.startswith("sliding_window")
+        if type(given) in (int, float) and not none:
             size(c, name)
 
 
