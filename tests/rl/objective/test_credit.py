@@ -147,7 +147,11 @@ def test_a_run_of_truncated_answers_trains_nothing_and_says_so(work: Path, tmp_p
             tmp_path / "run",
             max_completion_length=2,
             reward=short,
-            options={"algorithm.mask_truncated": True},
+            # The likeliest tokens, none of which ends an answer
+            options={
+                "algorithm.mask_truncated": True,
+                "actor_rollout_ref.rollout.temperature": 0.01,
+            },
             on_step=lambda step, metrics: told.append(metrics),
         )
     assert [metrics["mask/truncated"] for metrics in told] == [16]  # the last ends the run first
