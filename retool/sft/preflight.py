@@ -340,6 +340,8 @@ def _notes(report: SFTReport) -> Iterator[str]:
     assert model is not None and choice is not None
     data = config.data
     dp = report.world.processes // config.ulysses_sequence_parallel_size
+    if report.val is None and config.trainer.test_freq != -1:
+        yield f"trainer.test_freq={config.trainer.test_freq} does nothing without data.val_files."
     files = [set(split.files) for split in (report.train, report.val) if split is not None]
     both = set.intersection(*files) if len(files) == 2 else ()
     if both:

@@ -65,3 +65,15 @@ def test_the_audit_says_it(folder: Path) -> None:
     ]
     done = warm.run(command)
     assert "note: transformers makes 29 tokens" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("begins", "package"), [(b"\n\x0e<unk>", "sentencepiece"), (b"IQ== 0\n", "tiktoken")]
+)
+def test_a_tokenizer_that_a_missing_package_reads_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begins: bytes, package: str
+) -> None:
+    monkeypatch.setattr("retool.data.tokens.load.find_spec", lambda name: None)
+    (tmp_path / "tokenizer.model").write_bytes(begins)
+    with pytest.raises(ValueError, match=rf"which {package} reads: pip install {package}\."):
+        load_tokenizer(str(tmp_path))

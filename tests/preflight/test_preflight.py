@@ -642,6 +642,7 @@ def test_notes(run: Path) -> None:
         run,
         "data.train_batch_size=2",
         "trainer.save_freq=99",
+        "trainer.test_freq=2",
         "trainer.n_gpus_per_node=4",
         "data.micro_batch_size_per_gpu=1",
         "data.max_token_len_per_gpu=99",
@@ -651,6 +652,7 @@ def test_notes(run: Path) -> None:
     assert (
         "leaves 2 of 4 data-parallel groups idle" in text
         and "trainer.save_freq=99" in text
+        and "trainer.test_freq=2 does nothing without data.val_files" in text
         and "isn't used" in text
     )
     assert "positions" not in text

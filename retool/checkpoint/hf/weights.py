@@ -47,7 +47,11 @@ class SafetensorsSource:
         """What there is instead."""
         # Pickled weights run code when they are loaded, so they aren't read
         if bins := sorted(p.name for p in self.folder.glob("*.bin")):
-            return f" It has {bins[0]}: save it again as safetensors."
+            again = f"AutoModelForCausalLM.from_pretrained({str(self.folder)!r}, dtype='auto')"
+            return (
+                f" It has {bins[0]}, and reading that can run code. If you trust it, save it again with "
+                f"transformers, {again}.save_pretrained(…), and copy the tokenizer's files."
+            )
         if quantised := sorted(p.name for p in self.folder.glob("*.gguf")):
             return f" {quantised[0]} isn't read: give the model that it was made of."
         if others := sorted(p.name for p in self.folder.glob("*.safetensors")):

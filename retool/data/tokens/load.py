@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
                 f"the folder {path} has no tokenizer (none of {', '.join(known)}): copy it from the "
                 "model's origin."
             )
+        _check_library(Path(path))
         if not trust_remote_code:  # what may run code of its own needs no bomb
             _check_bounds(Path(path))
     elif path.startswith((".", "/", "~")):
@@ -48,6 +50,23 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
         raise ValueError(
             f"the tokenizer of {path} can't be loaded: {shown(' '.join(str(error).split()))}"
         ) from error
+
+
+def _check_library(folder: Path) -> None:
+    """ValueError where the only file of a tokenizer needs a package that isn't there: transformers
+    tries one kind after the other then, and asks for the wrong one.
+    """
+    file = folder / "tokenizer.model"
+    if (folder / "tokenizer.json").exists() or not file.is_file():
+        return
+    # Sentencepiece's files begin with their first piece, tiktoken's are lines of base64
+    with file.open("rb") as stream:
+        package = "sentencepiece" if stream.read(1) == b"\n" else "tiktoken"
+    if find_spec(package) is None:
+        raise ValueError(
+            f"the tokenizer of {folder} is a tokenizer.model, which {package} reads: pip install "
+            f"{package}. Or fetch the model's tokenizer.json, if it has one."
+        )
 
 
 def _check_bounds(folder: Path) -> None:
