@@ -153,8 +153,33 @@ def _load_what_one_rank_cannot(root: str, part: int) -> tuple[str, int]:
         return _load(root)
 
 
-@pytest.mark.parametrize("part", [0, 2])
+@pytest.mark.parametrize("part", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_damage_that_one_rank_alone_reads_takes_all_to_the_one_before(run: Path, part: int) -> None:
     """In a large file the ranks read different blocks."""
     found = run_ranks(_load_what_one_rank_cannot, WORLD, str(run), part)
     assert found == [("global_step_2", 2)] * WORLD
+
+
+def _load_apart(root: str) -> str:
+    """What is said where rank 1, a replica, has read another moment than rank 0."""
+    mesh = make_mesh(fsdp_size=1)
+    state = states.blank(mesh)
+    real = read._fill
+
+    def fill(*args: Any) -> Any:
+        loaded = real(*args)
+        assert state.exp_avg_sq is not None
+        state.exp_avg_sq[7] += mesh.rank
+        return loaded
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read, "_fill", fill)
+        with pytest.raises(ValueError) as refused:
+            load_whole([Path(root) / "global_step_3"], state, mesh, seed=0)
+    return str(refused.value)
+
+
+@pytest.mark.slow
+def test_replicas_go_on_from_the_same_moments(run: Path) -> None:
+    first, second = run_ranks(_load_apart, WORLD, str(run))
+    assert first == second and "isn't the same on all machines: ranks 0 and 1 read" in first

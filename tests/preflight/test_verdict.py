@@ -14,10 +14,8 @@ import pytest
 from retool.config import Fault
 from retool.preflight.ranks.verdict import merge, verdict
 from tests.ranks import free_port, run_ranks
-from tests.sft.conftest import work
 from tests.sft.test_command import words
 
-__all__ = ["work"]
 A = Fault("a", "is wrong.", "Mend it.")
 B = Fault("b", "is missing.")
 
@@ -72,7 +70,8 @@ def test_a_peer_that_never_comes_is_a_fault_and_not_a_hang() -> None:
     )
 
 
-@pytest.mark.parametrize("faulty", [0, 1])
+# Of rank 1's, `test_on_two_ranks` of tests/sft/test_api.py hears, too
+@pytest.mark.parametrize("faulty", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_fault_of_one_rank_ends_both(work: Path, tmp_path: Path, faulty: int) -> None:
     """The chat template lies at a place that only the other rank's environment knows."""
     (tmp_path / "template.jinja").write_text((work / "model" / "chat_template.jinja").read_text())

@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from retool import LLM, SamplingParams
+from retool.rl.server.dialects import mark_of
 from retool.serve import app
 from retool.serve.__main__ import main
 from tests import warm
@@ -324,12 +325,16 @@ def test_new_weights_and_who_may_bring_them(llm: LLM, folder: Path, tmp_path: Pa
     rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(other)}}
     with serving(llm) as open_server:
         assert open_server.post("/collective_rpc", rpc).json() == {"results": [None]}
-        assert open_server.post("/v1/completions", asked).json()["choices"][0]["text"] == new
+        answer = open_server.post("/v1/completions", asked).json()
+        assert answer["choices"][0]["text"] == new
+        assert answer["system_fingerprint"] == mark_of(str(other))
         back = {"model_path": str(folder), "weight_version": "seven"}
         assert open_server.post("/update_weights_from_disk", back).json()["success"] is True
         found = open_server.post("/generate", {"text": TEXTS[0]}).json()
         assert found["meta_info"]["weight_version"] == "seven"
-        assert open_server.post("/v1/completions", asked).json()["choices"][0]["text"] == old
+        answer = open_server.post("/v1/completions", asked).json()
+        assert answer["choices"][0]["text"] == old
+        assert answer["system_fingerprint"] == mark_of(str(folder))
     with serving(llm, may_change=False) as closed_server:
         response = closed_server.post("/collective_rpc", rpc)
         assert response.status_code == 403

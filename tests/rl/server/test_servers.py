@@ -222,7 +222,8 @@ def test_what_a_server_refuses_ends_the_run(
         assert turn.key == "a" and len(turn.tokens) == 6
 
 
-@pytest.mark.parametrize("dialect", ["auto", pytest.param("sglang", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dialect", ["auto", "sglang"])
 def test_a_server_with_other_weights_is_left_out(
     dialect: str,
     urls: tuple[str, str],
