@@ -66,7 +66,7 @@ def mfu(flops: float, seconds: float, gpus: int, peak: float | None) -> float | 
 
 
 def peak_memory(device: torch.device) -> tuple[float, float]:
-    """Peak (allocated, reserved) GiB since `reset_peak_memory`.
+    """Peak (allocated, reserved) GiB since the process began.
 
     On the CPU both are the process's largest resident size.
     """
@@ -77,12 +77,6 @@ def peak_memory(device: torch.device) -> tuple[float, float]:
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB on Linux
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
     return resident, resident
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Start `peak_memory` anew (the CPU's can't be)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 class StepTimer:

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from retool.perf import StepTimer, mfu, peak_flops, peak_memory, reset_peak_memory
+from retool.perf import StepTimer, mfu, peak_flops, peak_memory
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,6 @@ def test_timer_on_the_cpu() -> None:
 def test_peak_memory_of_the_process() -> None:
     """Counted in GiB: a GiB filled shows as one."""
     device = torch.device("cpu")
-    reset_peak_memory(device)
     before, _ = peak_memory(device)
     filled = torch.ones(64 << 20)  # 256 MiB
     after, same = peak_memory(device)
@@ -61,7 +60,7 @@ def test_peak_memory_of_the_process() -> None:
 def test_timer_and_memory_on_the_gpu() -> None:
     device = torch.device("cuda", 0)
     torch.cuda.init()  # before that there are no statistics to reset
-    reset_peak_memory(device)
+    torch.cuda.reset_peak_memory_stats(device)
     timer = StepTimer(device)
     a = torch.randn(4096, 4096, device=device)
     with timer.phase("forward_backward"):

@@ -314,6 +314,22 @@ def talk(rng, tool_role="tool"):
     return [*messages, {"role": "assistant", "content": "looked at by nobody"}], responses
 
 
+def require_glue_of_a_whole_render(renderer: Renderer, rng: random.Random) -> None:
+    """Of many conversations drawn with `rng`."""
+    assert renderer.glue.framed
+    for _ in range(150):
+        messages, responses = talk(rng)
+        options = (
+            rng.choice([TOOLS, None]),
+            rng.choice([True, None]),
+            rng.random() < 0.7,
+            rng.random() < 0.7,
+        )
+        assert renderer.render_tool_turn(messages, responses, *options) == glue(
+            renderer, messages, responses, *options
+        )
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [None, {"enable_thinking": False, "opening": "x", "loop": 3}],
@@ -321,36 +337,12 @@ def talk(rng, tool_role="tool"):
 )
 def test_glue_of_our_template_is_that_of_a_whole_render(each, kwargs) -> None:
     renderer = Renderer(each, Rendering("hermes", kwargs or {}))
-    rng = random.Random(1)
-    assert renderer.glue.framed
-    for _ in range(150):
-        messages, responses = talk(rng)
-        options = (
-            rng.choice([TOOLS, None]),
-            rng.choice([True, None]),
-            rng.random() < 0.7,
-            rng.random() < 0.7,
-        )
-        assert renderer.render_tool_turn(messages, responses, *options) == glue(
-            renderer, messages, responses, *options
-        )
+    require_glue_of_a_whole_render(renderer, random.Random(1))
 
 
 def test_glue_of_qwen_s_template(qwen_tokenizer) -> None:
     renderer = Renderer(qwen_tokenizer)
-    rng = random.Random(3)
-    assert renderer.glue.framed
-    for _ in range(150):
-        messages, responses = talk(rng)
-        options = (
-            rng.choice([TOOLS, None]),
-            rng.choice([True, None]),
-            rng.random() < 0.7,
-            rng.random() < 0.7,
-        )
-        assert renderer.render_tool_turn(messages, responses, *options) == glue(
-            renderer, messages, responses, *options
-        )
+    require_glue_of_a_whole_render(renderer, random.Random(3))
     for change in (
         ("{%- if tools", "{%- set messages = messages[1:] %}{%- if tools"),
         ("{{- message.content }}", "{{- message.content | trim }}"),

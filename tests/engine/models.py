@@ -4,7 +4,7 @@ on.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 
 from retool.batch import Sample, pack
 from retool.checkpoint.hf.pretrained import load_pretrained
-from retool.engine import Engine, EngineOptions, TurnDone
+from retool.engine import Engine, EngineOptions, SamplingParams, TurnDone
+from retool.engine.backend import RolloutEngine
 from retool.engine.memory import page_bytes
 from retool.model.build import ModelOptions
 from retool.model.catalogue.families import read_model_config
@@ -70,6 +71,27 @@ def forced(model: Sharded, ids: list[int], temperature: float = 1.0) -> torch.Te
 
     with torch.no_grad():
         return model(batch, score)[:-1]
+
+
+def two_turns(
+    engine: RolloutEngine, asked: Mapping[Any, list[int]], params: SamplingParams
+) -> dict[Any, list[TurnDone]]:
+    """Two turns for each prompt, with two given tokens between them."""
+    turns: dict[Any, list[TurnDone]] = {key: [] for key in asked}
+    for key, ids in asked.items():
+        engine.start(key, ids, params, group=key)
+    while not engine.idle():
+        for turn in engine.step():
+            turns[turn.key].append(turn)
+            if len(turns[turn.key]) == 1:
+                engine.extend(turn.key, [3, 4], params)
+            else:
+                engine.drop(turn.key)
+    return turns
+
+
+def tokens_of(turns: Mapping[Any, list[TurnDone]]) -> list[list[int]]:
+    return [turn.tokens for each in turns.values() for turn in each]
 
 
 def leaked(engine: Engine) -> int:

@@ -25,7 +25,7 @@ from retool.model.catalogue.families import read_model_config
 from retool.parallel.fsdp import Sharded
 from retool.rl.config import RLConfig
 from retool.rl.preflight.backends import backend_faults
-from tests.engine.models import CPU, forced, load
+from tests.engine.models import CPU, forced, load, tokens_of, two_turns
 from tests.model.decoders import decoder_config
 from tests.model.tiny import make
 from tests.model.zoo import ARCHITECTURES, make_borrowed, tiny_config
@@ -51,23 +51,8 @@ def make_hf(folder: Path) -> HfEngine:
     return HfEngine(read_any_config(folder), CPU, options)
 
 
-def roll(engine: HfEngine, params: SamplingParams) -> dict[Hashable, list[TurnDone]]:
-    """Two turns for each prompt."""
-    turns: dict[Hashable, list[TurnDone]] = {key: [] for key in PROMPTS}
-    for key, ids in PROMPTS.items():
-        engine.start(key, ids, params, group=key)
-    while not engine.idle():
-        for turn in engine.step():
-            turns[turn.key].append(turn)
-            if len(turns[turn.key]) == 1:
-                engine.extend(turn.key, [3, 4], params)
-            else:
-                engine.drop(turn.key)
-    return turns
-
-
-def sampled(turns: dict[Hashable, list[TurnDone]]) -> list[list[int]]:
-    return [turn.tokens for each in turns.values() for turn in each]
+def roll(engine: Any, params: SamplingParams) -> dict[Any, list[TurnDone]]:
+    return two_turns(engine, PROMPTS, params)
 
 
 def generated(reference: Any, ids: list[int], count: int) -> list[int]:
@@ -135,15 +120,15 @@ def test_an_update_is_sampled_from(folder: Path, model: Sharded) -> None:
     engine = make_hf(folder)
     engine.sync(model)
     assert is_shared(engine, model)
-    first = sampled(roll(engine, GREEDY))
+    first = tokens_of(roll(engine, GREEDY))
     before = model.compute.clone()
     model.compute.mul_(-1)
     engine.sync(model)
-    assert sampled(roll(engine, GREEDY)) != first
+    assert tokens_of(roll(engine, GREEDY)) != first
     model.compute.copy_(before)
     engine.release()
     engine.sync(model)
-    assert sampled(roll(engine, GREEDY)) == first
+    assert tokens_of(roll(engine, GREEDY)) == first
 
 
 @pytest.mark.slow
@@ -152,7 +137,7 @@ def test_seeds_and_how_turns_end(folder: Path, model: Sharded) -> None:
     draws = []
     for seed in (1, 1, 2):
         engine.sync(model)
-        draws.append(sampled(roll(engine, SamplingParams(max_tokens=6, seed=(seed,)))))
+        draws.append(tokens_of(roll(engine, SamplingParams(max_tokens=6, seed=(seed,)))))
     assert draws[0] == draws[1] != draws[2]
     engine.sync(model)
     tokens = roll(engine, GREEDY)["a"][0].tokens
@@ -183,7 +168,7 @@ def gathered(folder: str) -> Any:
     for _ in range(2):
         engine.sync(model)
         assert engine.module is not None and engine.module.gathered
-        found.append(sampled(roll(engine, GREEDY)))
+        found.append(tokens_of(roll(engine, GREEDY)))
         engine.release()
         assert not engine.module.gathered
         devices = {parameter.device.type for parameter in engine.module.causal.parameters()}
@@ -195,7 +180,7 @@ def gathered(folder: str) -> Any:
 def test_ranks_gather_what_they_share(folder: Path, model: Sharded) -> None:
     engine = make_hf(folder)
     engine.sync(model)
-    alone = sampled(roll(engine, GREEDY))
+    alone = tokens_of(roll(engine, GREEDY))
     assert run_ranks(gathered, 2, str(folder)) == [[alone, alone]] * 2
 
 

@@ -23,7 +23,7 @@ from retool.rl.config import RLConfig
 from retool.rl.preflight.backends import backend_faults
 from retool.rl.preflight.show import in_words
 from tests.engine import vllm_double
-from tests.engine.models import CPU, engine_of, forced, load
+from tests.engine.models import CPU, engine_of, forced, load, tokens_of, two_turns
 from tests.model.tiny import make
 from tests.ranks import run_ranks
 from tests.rl.test_config import ARR, REQUIRED
@@ -60,23 +60,8 @@ def make_vllm(folder: Path, group: Any = None) -> VllmEngine:
     return VllmEngine(read_model_config(folder), CPU, options, group)
 
 
-def roll(engine: Any, params: SamplingParams) -> dict[str, list[TurnDone]]:
-    """Two turns for each prompt."""
-    turns: dict[str, list[TurnDone]] = {key: [] for key in PROMPTS}
-    for key, ids in PROMPTS.items():
-        engine.start(key, ids, params, group=key)
-    while not engine.idle():
-        for turn in engine.step():
-            turns[turn.key].append(turn)
-            if len(turns[turn.key]) == 1:
-                engine.extend(turn.key, [3, 4], params)
-            else:
-                engine.drop(turn.key)
-    return turns
-
-
-def tokens(turns: dict[str, list[TurnDone]]) -> list[list[int]]:
-    return [turn.tokens for each in turns.values() for turn in each]
+def roll(engine: Any, params: SamplingParams) -> dict[Any, list[TurnDone]]:
+    return two_turns(engine, PROMPTS, params)
 
 
 def test_turns_are_the_native_engines(double: None, folder: Path, model: Sharded) -> None:
@@ -89,8 +74,8 @@ def test_turns_are_the_native_engines(double: None, folder: Path, model: Sharded
         model.compute.copy_(before * scale)
         engine.sync(model)
         native.sync(model)
-        assert tokens(roll(engine, GREEDY)) == tokens(roll(native, GREEDY))
-        seen.append(tokens(roll(engine, GREEDY)))
+        assert tokens_of(roll(engine, GREEDY)) == tokens_of(roll(native, GREEDY))
+        seen.append(tokens_of(roll(engine, GREEDY)))
         if sleeps:
             engine.release()
             assert engine.vllm.asleep == {"weights", "kv_cache"}
@@ -112,9 +97,9 @@ def test_log_probabilities_are_the_trainers(double: None, folder: Path, model: S
         assert one.logp == pytest.approx(truth[begin : begin + 6], abs=1e-4)
         assert two.logp == pytest.approx(truth[-6:], abs=1e-4)
         assert one.logp_behaviour == one.logp
-    assert tokens(roll(engine, params)) == tokens(first)
+    assert tokens_of(roll(engine, params)) == tokens_of(first)
     other = SamplingParams(max_tokens=6, temperature=0.7, seed=(3, 2))
-    assert tokens(roll(engine, other)) != tokens(first)
+    assert tokens_of(roll(engine, other)) != tokens_of(first)
 
 
 def test_how_turns_end(double: None, folder: Path, model: Sharded) -> None:
@@ -170,7 +155,7 @@ def test_a_process_has_one_engine(
 
 def lead(engine: VllmEngine) -> list[list[int]]:
     """Rank 0's part of a rollout, which ends with a sequence that is dropped under way."""
-    found = tokens(roll(engine, GREEDY))
+    found = tokens_of(roll(engine, GREEDY))
     engine.start("late", [1, 2, 3], GREEDY)
     engine.step()
     engine.drop("late")
@@ -190,7 +175,7 @@ def test_ranks_of_an_engine_do_what_rank_0_does(
     monkeypatch.setattr(SharedWork, "_broadcast", lambda _, message: sent.append(message))
     first.shared = SharedWork(cast(Any, "two ranks"))
     found = lead(first)
-    assert found == tokens(roll(engine_of(folder, model), GREEDY))
+    assert found == tokens_of(roll(engine_of(folder, model), GREEDY))
     monkeypatch.setattr(SharedWork, "_broadcast", lambda *_: sent.pop(0))
     other.follow()
     assert not sent and other.vllm.log == first.vllm.log
@@ -215,7 +200,7 @@ def shared_engine(folder: str) -> Any:
 @pytest.mark.slow
 def test_an_engine_over_two_ranks(folder: Path, model: Sharded) -> None:
     (found, told, size), (nothing, heard, other) = run_ranks(shared_engine, 2, str(folder))
-    assert found == tokens(roll(engine_of(folder, model), GREEDY)) and nothing is None
+    assert found == tokens_of(roll(engine_of(folder, model), GREEDY)) and nothing is None
     assert told == heard and size == other == 2
 
 

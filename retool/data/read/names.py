@@ -16,7 +16,6 @@ from retool.files.afar import answer
 
 KINDS = (".parquet", ".jsonl", ".json", ".csv")
 PACKED = {".gz": "gzip", ".zst": "zstd"}
-SUFFIXES = (*KINDS, *(kind + packed for kind in KINDS for packed in PACKED))
 KNOWN = f"{', '.join(KINDS)} (or these with {' or '.join(PACKED)})"
 
 
