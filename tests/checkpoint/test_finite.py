@@ -239,6 +239,8 @@ def test_one_file_counts_before_an_index_as_it_does_for_transformers(tmp_path: P
         json.dumps({"weight_map": dict.fromkeys(names, "old.safetensors")})
     )
     edit(tmp_path, **{"model.norm.weight": torch.full((48,), 7.0)})
+    assert "two sets of weights" in refusal(str(tmp_path)), "nothing says which is meant"
+    (tmp_path / "old.safetensors").unlink()
     sharded = load_pretrained(tmp_path, make_mesh())
     assert AutoModelForCausalLM.from_pretrained(tmp_path).model.norm.weight[0].item() == 7.0
     unit = next(
