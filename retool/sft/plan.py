@@ -166,7 +166,7 @@ def records(report: SFTReport) -> bool:
 
 
 def why_unrecorded(report: SFTReport) -> str:
-    """Why nothing can be recorded, whatever comes; empty where it can."""
+    """Why nothing can be recorded, whatever comes, as far as it is known before the run; else empty."""
     model = report.model
     choice = report.choice
     assert model is not None and choice is not None
@@ -176,6 +176,10 @@ def why_unrecorded(report: SFTReport) -> str:
         return "the model runs as transformers' module"
     if model.experts is not None:
         return "how many tokens an expert gets is known to the GPU alone"
+    if model.steady_length:
+        return "the model's rope changes with the longest document"
+    if report.options.model.attn == "reference":
+        return "attention's plain formula takes one document at a time"
     if setting_of(report.options, report.world).shards < report.world.processes:
         return "replicas add up their gradients between the others' launches"
     if choice.recompute == "offload":

@@ -97,7 +97,10 @@ def train_step(
 def _forward_backward(
     model: Sharded, batch: PackedBatch, divisor: int, scale: LossScale
 ) -> torch.Tensor:
-    """This rank's share of the loss, without a history, after its backward."""
+    """This rank's share of the loss, without a history, after its backward.
+
+    Its graph goes with this call: a recording can't use what an earlier graph still holds.
+    """
     with counted(balance_of(model), scale.value):
         loss = loss_sum(model, batch) / divisor
     scale.scaled(loss).backward()

@@ -31,6 +31,7 @@ from retool.config.options import (
 )
 from retool.data.loader import StepOrder, step_batch
 from retool.data.template import time_and_memory
+from retool.model.config import DynamicScaling, ModelConfig
 from retool.model.costs import parameter_count
 from retool.model.hub import find_model
 from retool.parallel.mesh import make_mesh
@@ -551,7 +552,15 @@ def test_what_cannot_be_recorded_is_told_where_it_was_asked_for(run: Path) -> No
     report = replace(report, config=replace(report.config, trainer=planned))
     assert "no memory left" in why_unrecorded(report)
     assert report.choice is not None
-    assert not why_unrecorded(replace(report, choice=replace(report.choice, recorded=1)))
+    report = replace(report, choice=replace(report.choice, recorded=1))
+    assert not why_unrecorded(report)
+    plain = replace(report.config.model, attn="reference")
+    assert "plain formula" in why_unrecorded(
+        replace(report, config=replace(report.config, model=plain))
+    )
+    assert isinstance(report.model, ModelConfig)
+    stretched = replace(report.model, rope_scaling=DynamicScaling(2.0, 64))
+    assert "rope changes" in why_unrecorded(replace(report, model=stretched))
 
 
 def test_what_cannot_fit_says_what_would(run: Path) -> None:

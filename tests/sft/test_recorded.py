@@ -4,6 +4,7 @@ tensors, and no Python.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retool.batch import Sample
+from retool.batch import PackedBatch, Sample
 from retool.data.loader import StepOrder, step_batch
 from retool.data.packing import TOKENS_OF_A_DOCUMENT, Budget, Packing, recorded_size, shared_room
 from retool.model import build
@@ -27,6 +28,7 @@ from retool.parallel.fsdp import Sharded
 from retool.parallel.fsdp.recording import Record, Work, come_to_rest
 from retool.parallel.mesh import make_mesh
 from retool.perf import StepTimer
+from retool.sft import loss, step
 from retool.sft.recorded import SmallPacks
 from retool.sft.step import train_step
 from tests.model.decoders import decoder_config
@@ -193,6 +195,49 @@ def test_what_cannot_be_recorded_runs_as_ever() -> None:
         found = train(break_off)
     for want, got in zip(train(None), found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+class Watched(torch.autograd.Function):
+    """Identity; `node` lives as long as the graph does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, node: object) -> Tensor:
+        ctx.node = node
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return *grads, None
+
+
+def test_a_small_micro_batch_finds_no_graph_of_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph would hold where its gradients go, and with them the stream of the run before: torch
+    says that this breaks a recording.
+    """
+    graphs = list[weakref.ref[Operations]]()
+
+    def loss_sum(model: Sharded, batch: PackedBatch) -> Tensor:
+        node = Operations()
+        graphs.append(weakref.ref(node))
+        return Watched.apply(loss.loss_sum(model, batch), node)
+
+    monkeypatch.setattr(step, "loss_sum", loss_sum)
+    mesh = make_mesh()
+    model = build_decoder(decoder_config(4, 2, "qwen2"), mesh, ModelOptions())
+    small = SmallPacks(model, 0)
+    alive = list[bool]()
+
+    def run(*_: Any) -> Tensor:
+        alive.extend(graph() is not None for graph in graphs)
+        return torch.zeros(())
+
+    monkeypatch.setattr(small, "run", run)
+    monkeypatch.setattr(small, "takes", lambda _: len(graphs) == 2)
+    batch = step_batch(0, Rows(), StepOrder(12, 0), packing(0, 1, 1))
+    optimizer = AdamW(model, AdamWOptions())
+    timer = StepTimer(mesh.device)
+    train_step(model, optimizer, batch.micro_batches, batch.trained_tokens, 0, timer, small=small)
+    assert alive == [False, False]
 
 
 def train_twice(sp: int, hold: bool) -> list[list[Any]]:

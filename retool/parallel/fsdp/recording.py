@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from retool.parallel.fsdp.sharded import Sharded
-from retool.parallel.streams import current_stream
+from retool.parallel.streams import OnStream, current_stream
 
 Work = Callable[[], torch.Tensor]  # a forward and its backward; gives the loss, without a history
 # Makes of work what does it again, and gives the result's memory
@@ -69,7 +69,7 @@ class Recordings:
 
     def _make(self, key: Hashable, work: Work) -> bool:
         """Record the work, of which nothing is computed yet. Where that can't be done, a warning says so,
-        and nothing more is recorded.
+        and from then on all work is done as it is.
         """
         units = self.model.units
         before = [unit.gradients.holds for unit in units]
@@ -77,13 +77,22 @@ class Recordings:
             replay = self.record(work, self.model)
         except Exception as error:  # whatever a library raises that can't be recorded
             self.fails = True
+            # Memory may be what was missing
+            self.made.clear()
             forget_unfinished(self.model)
             words = "small micro-batches aren't recorded here, and take the host longer"
-            warnings.warn(f"{words}: {error}", stacklevel=2)
+            warnings.warn(f"{words}: {_first(error)}", stacklevel=2)
         else:
             self.made[key] = Recording(replay, [unit.gradients.holds for unit in units])
         _set_holds(self.model, before)
         return not self.fails
+
+
+def _first(error: BaseException) -> BaseException:
+    """What came first: a recording that was broken off can't be ended either, which is an error, too."""
+    while error.__context__ is not None and not error.__suppress_context__:
+        error = error.__context__
+    return error
 
 
 def _set_holds(model: Sharded, holds: list[bool]) -> None:
@@ -129,13 +138,20 @@ class Graphs:
     def record(self, work: Work, model: Sharded) -> Work:
         graph = torch.cuda.CUDAGraph()
         overlap = model.overlap
-        # NCCL's watchdog and autograd have threads of their own
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        # NCCL's watchdog and autograd have threads of their own. A recording that can't be ended would
+        # leave the thread on the stream that it was made on.
+        with (
+            OnStream(current_stream()),
+            torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
+        ):
             overlap.follow_new_weights()
-            result = work()
-            come_to_rest(model)
-            if overlap.gather_stream is not None:
-                current_stream().wait_stream(overlap.gather_stream)
+            try:
+                result = work()
+                come_to_rest(model)
+            finally:
+                # Also where an error ends it: streams that haven't come back can't be ended
+                for stream in (overlap.gather_stream, overlap.reduce_stream):
+                    come_back(stream)
         self.pool = graph.pool()
 
         def replay() -> torch.Tensor:
@@ -143,3 +159,13 @@ class Graphs:
             return result
 
         return replay
+
+
+def come_back(stream: torch.cuda.Stream | None) -> None:
+    """What follows comes after what is recorded on another stream, if anything is."""
+    if stream is None:
+        return
+    with OnStream(stream):
+        recorded = torch.cuda.is_current_stream_capturing()
+    if recorded:
+        current_stream().wait_stream(stream)
