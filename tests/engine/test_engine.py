@@ -97,6 +97,18 @@ def test_stories260k_tells_its_published_story() -> None:
     )
 
 
+def test_windows_and_caps_reach_the_sampler(tmp_path: Path) -> None:
+    """Greedy tokens may be the same without them; their log-probabilities aren't."""
+    make(tmp_path, "gemma2")
+    model = load(tmp_path)
+    (prompt,) = prompts(1, 30, 131, seed=1)
+    engine = engine_of(tmp_path, model)
+    engine.start(0, prompt, SamplingParams(max_tokens=6, temperature=1.0, seed=(0,)))
+    done = run(engine)[0]
+    want = forced(model, prompt + done.tokens)[len(prompt) - 1 :]
+    assert (torch.tensor(done.logp) - want).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logp_is_the_training_forwards(qwen: Path, way: str, temperature: float) -> None:

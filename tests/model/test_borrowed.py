@@ -116,8 +116,8 @@ def require_same(folder: Path, results: list[Any]) -> None:
 
 
 def test_two_ranks_train_as_transformers_alone(tmp_path: Path) -> None:
-    """A tied head, and logits that the model scales."""
-    make_borrowed(tmp_path, "cohere")
+    """A tied head; logits and scores that the model scales."""
+    make_borrowed(tmp_path, "hyperclovax", tie_word_embeddings=True)
     require_same(tmp_path, run_ranks(ours, 2, tmp_path, 2, "full", None))
 
 
