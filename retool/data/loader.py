@@ -210,8 +210,9 @@ def _packs(dataset: Samples, indices: Sequence[int], packing: Packing) -> tuple[
     plan = plan_step(lengths, packing.budget, packing.dp, packing.sp)
     packs = []
     for number, members in enumerate(plan[packing.dp_rank]):
-        at_once = [[lengths[i] for i in rank[number]] for rank in plan]
-        room = shared_room(at_once, packing)
+        room = 0
+        if packing.recorded:
+            room = shared_room([[lengths[i] for i in rank[number]] for rank in plan], packing)
         # Shortest first: attention kernels that treat long and short documents apart then have two
         # runs to do, not many.
         ordered = sorted(members, key=lambda i: lengths[i])

@@ -76,6 +76,8 @@ class Packing:
     sp ranks where they spread evenly (see the note on whole documents). `room`: the tokens of a GPU
     that memory is planned for, where the budget is a number of samples. `pad_to` first pads every
     sample to that length with the token `pad_id`: the baseline of data.use_remove_padding=false.
+    `recorded`: small packs are, so they tell `PackedBatch.room`, for which every rank looks at the
+    samples of all.
     """
 
     budget: Budget
@@ -86,6 +88,7 @@ class Packing:
     pad_id: int = 0
     keep_whole: bool = True
     room: int | None = None
+    recorded: bool = False
 
 
 def cost(length: int | np.ndarray, quadratic_length: int = QUADRATIC_LENGTH) -> float | np.ndarray:

@@ -153,6 +153,7 @@ def packing_of(report: SFTReport, dp_rank: int, dp: int, sp: int) -> Packing:
         pad_to,
         keep_whole=config.data.keep_documents_whole,
         room=report.choice.tokens,
+        recorded=records(report) and report.choice.recorded > 0,
     )
 
 

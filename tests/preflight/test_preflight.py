@@ -50,7 +50,7 @@ from retool.preflight.show import show_faults, show_plan, traffic_plan
 from retool.preflight.world import check_mesh, read_world
 from retool.sft.__main__ import main
 from retool.sft.config import SYNONYMS, SFTConfig
-from retool.sft.plan import TOKENS_TO_FILL_A_GPU, SFTReport, records, why_unrecorded
+from retool.sft.plan import TOKENS_TO_FILL_A_GPU, SFTReport, packing_of, records, why_unrecorded
 from retool.sft.preflight import preflight
 from retool.sft.show import in_words, rows_read
 from retool.sft.train import make_packing
@@ -551,9 +551,9 @@ def test_what_cannot_be_recorded_is_told_where_it_was_asked_for(run: Path) -> No
     planned = replace(report.config.trainer, device="auto", device_memory_gb=80.0)
     report = replace(report, config=replace(report.config, trainer=planned))
     assert "no memory left" in why_unrecorded(report)
-    assert report.choice is not None
+    assert report.choice is not None and not packing_of(report, 0, 1, 1).recorded
     report = replace(report, choice=replace(report.choice, recorded=1))
-    assert not why_unrecorded(report)
+    assert not why_unrecorded(report) and packing_of(report, 0, 1, 1).recorded
     plain = replace(report.config.model, attn="reference")
     assert "plain formula" in why_unrecorded(
         replace(report, config=replace(report.config, model=plain))

@@ -58,7 +58,8 @@ def train(case: Case, recorded: bool) -> tuple[list[float], np.ndarray, int]:
     model.refresh()
     optimizer = AdamW(model, AdamWOptions())
     small = SmallPacks(model, ROOM[mesh.world] if recorded else 0)
-    packing = Packing(Budget(micro_batch_size=4 // mesh.dp), mesh.dp_rank, mesh.dp, case.sp)
+    budget = Budget(micro_batch_size=4 // mesh.dp)
+    packing = Packing(budget, mesh.dp_rank, mesh.dp, case.sp, recorded=True)
     rows = Rows(longest=100)
     numbers = list[float]()
     for step in range(STEPS):

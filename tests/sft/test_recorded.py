@@ -155,7 +155,7 @@ def train(recorder: Record | None, sp: int = 1, hold: bool = False) -> list[Any]
 
 
 def packing(dp_rank: int, dp: int, sp: int) -> Packing:
-    return Packing(Budget(micro_batch_size=4 // dp), dp_rank, dp, sp)
+    return Packing(Budget(micro_batch_size=4 // dp), dp_rank, dp, sp, recorded=True)
 
 
 class Rows:
@@ -253,6 +253,14 @@ def test_recorded_steps_train_as_others_do_on_two_ranks(sp: int, hold: bool) -> 
     for want, got in run_ranks(train_twice, 2, sp, hold):
         for a, b in zip(want, got, strict=True):
             torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12)
+
+
+def test_room_is_looked_for_where_small_micro_batches_are_recorded() -> None:
+    """It is work for each rank of a run, and on the thread that the next packs come from."""
+    for recorded in (True, False):
+        asked = replace(packing(1, 2, 2), recorded=recorded)
+        packs = step_batch(0, Rows(), StepOrder(8, 0), asked).micro_batches
+        assert all((pack.room > 0) == recorded for pack in packs)
 
 
 def test_a_micro_batch_has_one_room_on_all_ranks() -> None:
