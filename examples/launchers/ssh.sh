@@ -8,6 +8,7 @@ read -ra hosts <<<"$HOSTS"
 note=/tmp/retool-$$-$RANDOM # and the rank: torchrun's process id, on its machine
 status=0
 stopping=no
+running=()
 
 stop() {
     stopping=yes
@@ -27,15 +28,22 @@ for rank in "${!hosts[@]}"; do
     run="(echo \$BASHPID >$note-$rank && exec $(printf '%q ' "${command[@]}"))"
     ssh "${hosts[rank]}" \
         "cd $(printf %q "$PWD") && $run; ended=\$?; rm -f $note-$rank; exit \$ended" &
+    running[rank]=$!
 done
 
-while [ -n "$(jobs -rp)" ]; do
-    wait -n
-    ended=$?
-    # What was asked to stop may end with a signal's number, and so does a wait that one interrupts
-    if ((ended > 0)) && [ "$stopping" = no ]; then
-        status=$ended
-        stop TERM
-    fi
+# Each by its process: of two that end at once `wait -n` tells one, and forgets how the other ended
+while ((${#running[@]} > 0)); do
+    for rank in "${!running[@]}"; do
+        kill -0 "${running[rank]}" 2>/dev/null && continue
+        wait "${running[rank]}"
+        ended=$?
+        unset "running[rank]"
+        # What was asked to stop may end with a signal's number
+        if ((ended > 0)) && [ "$stopping" = no ]; then
+            status=$ended
+            stop TERM
+        fi
+    done
+    sleep 0.2
 done
 exit "$status"

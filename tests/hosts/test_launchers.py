@@ -157,6 +157,17 @@ def test_ssh_ends_all_when_one_fails(launchers: Path, machine: dict[str, str]) -
     assert stopped(machine) == 1
 
 
+def test_ssh_tells_of_a_failure_beside_a_success(
+    launchers: Path, machine: dict[str, str], tmp_path: Path
+) -> None:
+    """Both at once, tried often: which of them the shell hears of first is chance."""
+    ssh = tmp_path / "bin" / "ssh"
+    ssh.write_text('#!/bin/sh\ncase "$*" in *--node_rank=1*) exit 7 ;; esac\n')
+    command = ["bash", launchers / "ssh.sh", *COMMAND]
+    scripts = [subprocess.Popen(command, env=machine | {"HOSTS": "a b"}) for _ in range(24)]
+    assert [script.wait(60) for script in scripts] == [7] * 24
+
+
 def check_pod(pod: Mapping[str, Any], container: Mapping[str, Any]) -> None:
     """Its mounts have volumes, among them a disk for the run and room for NCCL."""
     mounted = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
