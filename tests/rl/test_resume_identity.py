@@ -15,6 +15,7 @@ from retool.preflight.identity import changes
 from retool.preflight.ranks.alike import unlike
 from retool.preflight.same_everywhere import shared_by_all
 from retool.rl.preflight.identity import fingerprint
+from retool.rl.preflight.plan import Questions
 from tests.rl.conftest import make_prompt
 from tests.rl.test_preflight import ACTOR, check
 
@@ -148,6 +149,19 @@ def test_ranks_compare_all_that_a_step_uses_of_a_row(work: Path, tmp_path: Path)
         assert other.fingerprints != report.fingerprints
         (fault,) = unlike(["a", "b"], [shared_by_all(report), shared_by_all(other)])
         assert fault.where == "data.train_files"
+
+
+def test_what_is_a_processs_own_is_not_compared() -> None:
+    """The order of a set and the address of an object: the row is the same one."""
+
+    def of_row(things: set[int]) -> tuple[int, str]:
+        prompt = replace(make_prompt(extra={"things": things}), row={"image": object()})
+        unread: Any = None
+        return Questions([prompt], unread).fingerprint
+
+    first, second = {0, 8}, {8, 0}
+    assert str(first) != str(second)
+    assert of_row(first) == of_row(second) != of_row({0, 9})
 
 
 def test_ranks_compare_what_a_reward_function_says(

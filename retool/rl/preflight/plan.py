@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,7 @@ class Held:
 
 
 NOTHING_HELD = Held()
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,16 @@ class RLReport(RunReport):
 def _given_besides(prompt: Prompt) -> str:
     """What rewards, tools and environments are given of a row, but for where it lies."""
     extra = {name: value for name, value in prompt.extra_info.items() if name != "row"}
-    return json.dumps([extra, dict(prompt.row)], default=str)
+    return json.dumps([extra, dict(prompt.row)], default=_same_in_each_process)
+
+
+def _same_in_each_process(value: Any) -> Any:
+    """What a row of the user's function may hold beside JSON, in words. The order of a set and the
+    address of an object are a process's own.
+    """
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    return ADDRESS.sub("", str(value))
 
 
 def uses_reference(config: RLConfig) -> bool:
