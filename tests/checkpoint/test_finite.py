@@ -9,16 +9,19 @@ import os
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from retool import checkpoint
 from retool.batch import pack
 from retool.checkpoint.__main__ import main
+from retool.checkpoint.flat.state import sum_of
 from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.model.catalogue.families import read_model_config
 from retool.parallel.mesh import make_mesh
@@ -114,6 +117,31 @@ def test_replicas_begin_with_the_same_weights(tmp_path: Path) -> None:
         assert alike == ""
         assert f"{folder} isn't the same on all machines: ranks 0 and 1 read" in apart
         assert "model.layers." in apart or "model.norm" in apart, apart
+
+
+class LargestSum(TorchDispatchMode):
+    """How many elements are added up at once, at most."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func._schema.name == "aten::sum":
+            self.elements = max(self.elements, args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+def test_replicas_are_compared_without_a_copy_of_an_embedding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch converts all that it adds up at once to int64: twice the memory of the weights."""
+    monkeypatch.setattr("retool.checkpoint.flat.state.ADDED_AT_ONCE", 8)
+    bits = torch.randint(-(2**31), 2**31 - 1, (37,), dtype=torch.int32)
+    expected = sum(bits.tolist())
+    with LargestSum() as largest:
+        found = sum_of(bits)
+    assert found == expected and 0 < largest.elements <= 8
 
 
 def test_a_checkpoint_with_weights_that_are_no_numbers_is_not_resumed(tmp_path: Path) -> None:

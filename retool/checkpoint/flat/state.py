@@ -66,6 +66,17 @@ def _listed(layout: Layout, names: Collection[str]) -> str:
     return f"{', '.join(named[:5])}{more}"
 
 
+ADDED_AT_ONCE = 1 << 22  # elements
+
+
+def sum_of(bits: torch.Tensor) -> torch.Tensor:
+    """The sum of integers. In parts: torch makes int64 of all that it adds up at once, which of a
+    large embedding would be twice its memory.
+    """
+    parts = [part.sum(dtype=torch.int64) for part in bits.split(ADDED_AT_ONCE)]
+    return torch.stack(parts).sum()
+
+
 # By the width of a float: integers of the same bits
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -82,7 +93,7 @@ def require_same_replicas(layout: Layout, mesh: Mesh, flat: torch.Tensor, source
         return
     bits = flat.detach().view(BITS[flat.element_size()])
     sums = [
-        bits[piece.local : piece.local + piece.stop - piece.start].sum(dtype=torch.int64)
+        sum_of(bits[piece.local : piece.local + piece.stop - piece.start])
         for piece in local_pieces(layout, mesh.shard_rank)
     ]
     mine = torch.stack(sums).tolist() if sums else []
