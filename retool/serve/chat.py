@@ -39,7 +39,7 @@ def read_chat(body: Any, llm: LLM, about: About, options: ChatOptions) -> Questi
     top = read_logprobs(fields, "top_logprobs", streams)
     if fields.take("logprobs", bool, False):
         logprobs = top or 0
-    elif top is not None:
+    elif top:  # 0 is vLLM's way to say nothing
         raise fields.refusal("top_logprobs", "means nothing without logprobs: true")
     tools = _tools(fields)
     params = sampling_of(fields, _most(fields), logprobs, with_special_tokens=bool(tools))
