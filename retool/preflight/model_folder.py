@@ -140,7 +140,8 @@ def check_tokenizer(folder: Path, chat_template: str | None, key: str) -> Iterat
         problem = "has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)."
         yield Fault(where, problem, "Copy the model's tokenizer files there.")
 
-    files = [path for path in tokenizer_files(folder, chat_template) if path.is_file()]
+    # `os.path` says no to a text that can't be a path, such as the template itself; Path.is_file raises
+    files = [path for path in tokenizer_files(folder, chat_template) if os.path.isfile(path)]
     closed = [path for path in files if not os.access(path, os.R_OK)]
     yield from (not_allowed(where, path.name) for path in closed)
     huge = [path for path in files if path.stat().st_size > MAX_JSON_BYTES]
@@ -151,7 +152,7 @@ def check_tokenizer(folder: Path, chat_template: str | None, key: str) -> Iterat
         return
     if chat_template is None:
         yield from _check_own_template(folder, where)
-    elif chat_template != "hermes" and not Path(chat_template).is_file():
+    elif chat_template != "hermes" and not os.path.isfile(chat_template):
         given = f"data.chat_template={chat_template}"
         yield Fault(given, "no such file.", "Give a Jinja file, or hermes.")
 

@@ -7,6 +7,7 @@ go on, and train something that nobody asked for. So before it begins all ranks 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,13 +76,12 @@ def _tokenizer(report: RunReport) -> Iterator[Shared]:
         return
     parts = list[str | bytes]()
     for path in sorted(report.folder.iterdir()):
-        if path.is_file() and TOKENIZER.fullmatch(path.name):
+        if TOKENIZER.fullmatch(path.name) and path.is_file() and os.access(path, os.R_OK):
             parts += (path.name, path.read_bytes())
     yield Shared(report.options.pretrained_key, "the tokenizer's files", digest(*parts), SAME_FILES)
     given = report.options.chat_template
     if given is not None:
-        file = Path(given)
-        value = digest(file.read_bytes()) if file.is_file() else given
+        value = digest(Path(given).read_bytes()) if os.path.isfile(given) else given
         yield Shared("data.chat_template", "its content", value, SAME_FILES)
 
 

@@ -404,6 +404,12 @@ JSONL = "data.train_files={root}/train.jsonl"
             ["data.chat_template=missing.jinja"],
             ["data.chat_template=missing.jinja", "no such file"],
         ),
+        # The template itself is longer than a name may be
+        (
+            lambda r: None,
+            ["data.chat_template='" + "Be brief. " * 30 + "'"],
+            ["data.chat_template=Be brief. Be brief.", "Give a Jinja file"],
+        ),
         (lambda r: None, ["model.attn=varlen"], ["model.attn=varlen", "needs a GPU"]),
         (
             lambda r: None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -23,7 +24,7 @@ TEMPLATES = {"hermes": Path(__file__).with_name("hermes.jinja")}
 def read_template(chat_template: str) -> str:
     """The text of a template named by `data.chat_template`: `hermes`, or a file."""
     path = TEMPLATES.get(chat_template, Path(chat_template))
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(
             f"data.chat_template={chat_template}: there is no such file; give a jinja file, or "
             f"{', '.join(TEMPLATES)}."
