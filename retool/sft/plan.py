@@ -162,7 +162,7 @@ def records(report: SFTReport) -> bool:
     asked = report.config.data.record_micro_batches
     if asked != "auto":
         return asked
-    # That a recording gives the very bits of the runs before it wasn't seen on a GPU yet
+    # A recording doesn't give the very bits of the runs before it
     return report.world.processes == 1 and not report.config.trainer.deterministic
 
 
