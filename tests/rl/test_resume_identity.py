@@ -14,7 +14,7 @@ import pytest
 from retool.preflight.identity import changes
 from retool.preflight.ranks.alike import unlike
 from retool.preflight.same_everywhere import shared_by_all
-from retool.rl.preflight.identity import fingerprint
+from retool.rl.preflight.identity import fingerprint, function_code
 from retool.rl.preflight.plan import Questions
 from tests.rl.conftest import make_prompt
 from tests.rl.test_preflight import ACTOR, check
@@ -149,6 +149,17 @@ def test_ranks_compare_all_that_a_step_uses_of_a_row(work: Path, tmp_path: Path)
         assert other.fingerprints != report.fingerprints
         (fault,) = unlike(["a", "b"], [shared_by_all(report), shared_by_all(other)])
         assert fault.where == "data.train_files"
+
+
+def test_code_without_a_source_is_the_same_in_each_process() -> None:
+    """The order of the set that a comparison is compiled to isn't, no more than an address."""
+
+    def code_of(test: str) -> list[str | bytes]:
+        names: dict[str, Any] = {}
+        exec(f"def judge(said):\n    return said in {test}", names)
+        return [*function_code(names["judge"])]
+
+    assert code_of("{0, 8}") == code_of("{8, 0}") != code_of("{0, 9}")
 
 
 def test_what_is_a_processs_own_is_not_compared() -> None:

@@ -215,6 +215,9 @@ def _compiled(code: CodeType) -> Iterator[str | bytes]:
         # Functions inside it: their repr has an address, which changes from run to run.
         if isinstance(constant, CodeType):
             yield from _compiled(constant)
+        elif isinstance(constant, frozenset):
+            # What `in {"a", "b"}` is compiled to; its order is each process's own.
+            yield repr(sorted(map(repr, constant)))
         else:
             yield repr(constant)
 
