@@ -50,7 +50,9 @@ def shared_by_all(report: RunReport) -> tuple[Shared, ...]:
 
 def _settings(report: RunReport) -> Iterator[Shared]:
     for key, value in flat(report.config).items():
-        if not OWN_VALUE.fullmatch(key):
+        # A date is set once the template was read, which a fault may have come before
+        unknown = key == "data.template_date" and bool(report.faults)
+        if not unknown and not OWN_VALUE.fullmatch(key):
             yield Shared(key, "", shown(value), SAME_COMMAND)
 
 

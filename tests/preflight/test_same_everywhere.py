@@ -108,6 +108,11 @@ def test_settings_that_differ(work: Path, of_rank_0: SFTReport) -> None:
     found = differences(of_rank_0, of_rank_0, replace(of_rank_0, config=fast))
     assert set(found) == {"optim.lr", "data.seed"}
     assert "0.001 (on host-0, host-1), 0.5 (on host-2)" in found["optim.lr"].problem
+    dated = replace(of_rank_0, config=replace(config, data=replace(config.data, template_date="1")))
+    assert set(differences(of_rank_0, dated)) == {"data.template_date"}
+    # It found no data, and so never came to the template that shows the date
+    lost = of_rank_0.blame(Fault("data.train_files=none.parquet", "doesn't exist.", "Copy it."))
+    assert differences(lost, dated) == {}
 
 
 def test_packages_and_code_of_several_machines(
