@@ -143,6 +143,15 @@ def test_tools_of_sharegpt_are_schemas(tmp_path):
     assert found.tools == [{"type": "function", "function": FUNCTION}]
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_system_prompt_that_stands_in_a_column_too(role):
+    """It is the same one in parts, and with a line end: it isn't said twice."""
+    first = {"role": role, "content": [{"type": "text", "text": "Be exact.\n"}]}
+    row = {"messages": [first, QUESTION, ANSWER], "system": "Be exact."}
+    said = [message["content"] for message in to_conversation(row, "a.json", 3).messages]
+    assert said == ["Be exact.\n", "1+1?", "2"]
+
+
 def test_columns_that_nothing_reads_are_named(tmp_path):
     row = {**FORMS["messages"][0], "weight": 0.5, "source": "web"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
@@ -230,6 +239,10 @@ class TestUnclear:
             (
                 {**SHAREGPT, "conversations": [{"from": "system", "value": "x"}]},
                 "its column and its message .system. differ",
+            ),
+            (
+                {"messages": [QUESTION, ANSWER], "system": True},
+                "row 3: its column 'system' is bool, not text: rename it",
             ),
             ({"instruction": 3, "output": "x"}, "'instruction' is int, not text"),
             ({"instruction": "x", "output": None}, "'output' is NoneType, not text"),

@@ -11,6 +11,7 @@ from typing import Any
 
 from retool.data.read.chunk import RowError
 from retool.data.read.containers import plain
+from retool.data.read.content import text_and_thought
 from retool.data.read.row_format import RowFormat
 
 # of messages found as text
@@ -106,13 +107,22 @@ def _calls(value: Any, where: str) -> list[Any]:
 def _with_system(
     row: Mapping[str, Any], messages: list[dict[str, Any]], where: str
 ) -> list[dict[str, Any]]:
-    """The messages behind what the column `system` says."""
+    """The messages behind what the column `system` says, unless the first of them says it already."""
     system = plain(row.get("system"))
     if system is None or system == "":
         return messages
-    if messages and messages[0].get("role") == "system":
-        if messages[0].get("content") == system:
+    if not isinstance(system, (str, list)):
+        kind = type(system).__name__
+        raise RowError(
+            f"{where}: its column 'system' is {kind}, not text: rename it, if it isn't a system prompt."
+        )
+    first = messages[0] if messages else {}
+    role = first.get("role")
+    if role in ("system", "developer"):
+        said = text_and_thought(first.get("content"), f"{where}, message 0")[0]
+        if said.strip() == text_and_thought(system, f"{where}: its column 'system'")[0].strip():
             return messages
+    if role == "system":
         raise RowError(f"{where}: its column and its message 'system' differ: keep one of them.")
     return [{"role": "system", "content": system}, *messages]
 
