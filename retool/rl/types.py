@@ -10,6 +10,7 @@ shares of a loss) counts it once. Only a model is given sequences: `objective/se
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -26,6 +27,7 @@ TOOL_FAILURE = "tool_failure"
 REWARD_OF = "rewards/"
 # Before what an answer's judge took: calls, tokens, … Its metrics are the sums.
 COUNTED = "llm_judge/"
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 class Stop(str, Enum):
@@ -72,7 +74,18 @@ class Prompt:
 
 
 def truth_as_text(truth: Any) -> str:
-    return truth if isinstance(truth, str) else json.dumps(truth, ensure_ascii=False)
+    if isinstance(truth, str):
+        return truth
+    return json.dumps(truth, ensure_ascii=False, default=beside_json)
+
+
+def beside_json(value: Any) -> Any:
+    """What a row may hold that isn't JSON, in words that are the same in each process: the order of
+    a set and the address of an object aren't.
+    """
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    return ADDRESS.sub("", str(value))
 
 
 class ToolUse(NamedTuple):

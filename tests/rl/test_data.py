@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from datetime import date
 
 import pytest
 
@@ -130,6 +131,12 @@ def test_a_truth_of_several_parts_reaches_ones_own_reward_as_it_is(
     kind = type(truth).__name__
     with pytest.raises(ValueError, match=f"row 0: the truth is a {kind}, and the built-in rewards"):
         load_prompts([file], renderer, None, PromptOptions())
+
+
+def test_a_truth_may_hold_what_json_has_no_word_for() -> None:
+    """A date of a parquet file, say: there is a text of it for prompts and hashes."""
+    prompt = make_prompt(truth={"born": date(1912, 6, 23), "names": {8, 0}})
+    assert prompt.truth_text == '{"born": "1912-06-23", "names": ["0", "8"]}'
 
 
 def test_truncation(tmp_path, renderer_of) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from retool.rl.objective.losses import PolicyLoss
 from retool.rl.preflight.memory import StepMemory, engine_options, step_memory
 from retool.rl.reward.model_judge import reward_model_bytes, reward_model_folder
 from retool.rl.reward.source import RewardSource
-from retool.rl.types import Prompt
+from retool.rl.types import Prompt, beside_json
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,6 @@ class Held:
 
 
 NOTHING_HELD = Held()
-ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 @dataclass(frozen=True)
@@ -145,16 +143,7 @@ class RLReport(RunReport):
 def _given_besides(prompt: Prompt) -> str:
     """What rewards, tools and environments are given of a row, but for where it lies."""
     extra = {name: value for name, value in prompt.extra_info.items() if name != "row"}
-    return json.dumps([extra, dict(prompt.row)], default=_same_in_each_process)
-
-
-def _same_in_each_process(value: Any) -> Any:
-    """What a row of the user's function may hold beside JSON, in words. The order of a set and the
-    address of an object are a process's own.
-    """
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(str, value))
-    return ADDRESS.sub("", str(value))
+    return json.dumps([extra, dict(prompt.row)], default=beside_json)
 
 
 def uses_reference(config: RLConfig) -> bool:
