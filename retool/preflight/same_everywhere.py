@@ -49,11 +49,21 @@ def shared_by_all(report: RunReport) -> tuple[Shared, ...]:
 
 
 def _settings(report: RunReport) -> Iterator[Shared]:
+    entries: dict[str, list[str]] = {}
     for key, value in flat(report.config).items():
+        parent, _, name = key.rpartition(".")
+        if value == {}:
+            entries.setdefault(key, [])
+        elif parent:
+            entries.setdefault(parent, []).append(name)
         # A date is set once the template was read, which a fault may have come before
         unknown = key == "data.template_date" and bool(report.faults)
         if not unknown and not OWN_VALUE.fullmatch(key):
             yield Shared(key, "", shown(value), SAME_COMMAND)
+    # An entry that one rank alone has, of arguments for a template, say, is compared with nothing
+    for key, names in entries.items():
+        if not OWN_VALUE.fullmatch(key):
+            yield Shared(key, "its entries", ", ".join(sorted(names)) or "none", SAME_COMMAND)
 
 
 def _content(report: RunReport) -> Iterator[Shared]:

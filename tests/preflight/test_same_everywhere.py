@@ -110,6 +110,12 @@ def test_settings_that_differ(work: Path, of_rank_0: SFTReport) -> None:
     assert "0.001 (on host-0, host-1), 0.5 (on host-2)" in found["optim.lr"].problem
     dated = replace(of_rank_0, config=replace(config, data=replace(config.data, template_date="1")))
     assert set(differences(of_rank_0, dated)) == {"data.template_date"}
+    shown = replace(config.data, apply_chat_template_kwargs={"year": 1})
+    (fault,) = differences(
+        of_rank_0, replace(of_rank_0, config=replace(config, data=shown))
+    ).values()
+    assert fault.where == "data.apply_chat_template_kwargs"
+    assert "its entries none (on host-0), year (on host-1)" in fault.problem
     # It found no data, and so never came to the template that shows the date
     lost = of_rank_0.blame(Fault("data.train_files=none.parquet", "doesn't exist.", "Copy it."))
     assert differences(lost, dated) == {}
