@@ -244,6 +244,20 @@ def test_without_a_private_part_of_torch_blocks_go_through_torch_compile(
     assert torch.equal(piece(block, x, y), x + y) and not piece.calls
 
 
+def test_a_first_number_of_tokens_that_is_a_width_too(interpreted: None) -> None:
+    """Its graph is any number's, and stays the one that computes it: what comes between changes no bits."""
+    torch._dynamo.reset()
+    block = Halves()
+    counted = Counted()
+    four = rows(4, 1, requires_grad=True), rows(4, 2)
+    assert [counted.of(block, *four), counted.of(block, *four)] == [1, 0]
+    (first,) = counted.piece.calls.values()
+    counted.of(block, rows(9, 3, requires_grad=True), rows(9, 4))
+    counted.of(block, *four)
+    (last,) = counted.piece.calls.values()
+    assert last.graph is first.graph and first.graph.lengths == {4, 9}
+
+
 def trained(recompute: Recompute, again: bool, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Losses and gradients of four packs through a compiled decoder."""
     if not again:

@@ -100,7 +100,20 @@ class Compiled:
     def _through(self, block: nn.Module, arguments: Sequence[Any]) -> Tensor:
         """Through torch.compile, which would make a graph for each kind of view."""
         plain = [unviewed(a) if isinstance(a, Tensor) and a._is_view() else a for a in arguments]
+        if not torch.compiler.is_compiling():
+            _mark_widths(plain)
         return self.function(block, *plain)
+
+
+def _mark_widths(arguments: Sequence[Any]) -> None:
+    """Tell the compiler that only numbers of tokens differ from call to call.
+
+    Where the first one is a width, too, it would take both for one size, and make a graph of this
+    number alone. What came between would say which graph runs it later, and how it rounds.
+    """
+    for each in arguments:
+        if isinstance(each, Tensor):
+            torch._dynamo.mark_static(each, list(range(1, each.dim())))
 
 
 def _kind_of(block: nn.Module, arguments: Sequence[Any]) -> tuple[Any, ...]:
