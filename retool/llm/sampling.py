@@ -49,7 +49,7 @@ class SamplingParams:
             raise ValueError(
                 f"temperature={self.temperature}: it must be at least 0, and at most {MOST_TEMPERATURE:g}."
             )
-        # Logits divided by less are infinite
+        # Near 0 logits become infinite; long before that only the likeliest token is ever drawn
         if 0 < self.temperature < LEAST_TEMPERATURE:
             raise ValueError(
                 f"temperature={self.temperature}: below {LEAST_TEMPERATURE:g} use 0, the likeliest token."
