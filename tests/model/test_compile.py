@@ -245,7 +245,7 @@ def test_without_a_private_part_of_torch_blocks_go_through_torch_compile(
 
 
 def test_a_first_number_of_tokens_that_is_a_width_too(interpreted: None) -> None:
-    """Its graph is any number's, and stays the one that computes it: what comes between changes no bits."""
+    """Its graph is any number's, and stays the one that computes it, whatever comes between."""
     torch._dynamo.reset()
     block = Halves()
     counted = Counted()

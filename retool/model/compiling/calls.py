@@ -109,7 +109,7 @@ def _mark_widths(arguments: Sequence[Any]) -> None:
     """Tell the compiler that only numbers of tokens differ from call to call.
 
     Where the first one is a width, too, it would take both for one size, and make a graph of this
-    number alone. What came between would say which graph runs it later, and how it rounds.
+    number alone. What came between would say which graph runs it later; two may round differently.
     """
     for each in arguments:
         if isinstance(each, Tensor):
