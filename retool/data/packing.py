@@ -34,6 +34,7 @@ FEW_TOKENS = 2_000
 SMALLEST_RECORDED = 128
 LARGEST_RECORDED = 2048
 TOKENS_OF_A_DOCUMENT = 32
+LEAST_ROOM = 3 * TOKENS_OF_A_DOCUMENT  # `PackedBatch.room` of one document
 
 # [data-parallel rank][micro-batch][index of a sample]; an empty micro-batch is a dummy pack
 Plan = list[list[list[int]]]

@@ -9,7 +9,7 @@ from functools import partial
 
 from retool.config.options import RunOptions
 from retool.data.cache import Dataset, DatasetReport
-from retool.data.packing import Budget, Packing
+from retool.data.packing import LEAST_ROOM, Budget, Packing
 from retool.model.borrowed.config import BorrowedConfig
 from retool.model.costs import few_tokens, quadratic_length
 from retool.preflight.plan import (
@@ -185,6 +185,8 @@ def why_unrecorded(report: SFTReport) -> str:
         return "replicas add up their gradients between the others' launches"
     if choice.recompute == "offload":
         return "activations wait in host memory"
+    if 0 < choice.recorded < LEAST_ROOM:
+        return "the model is so large that a GPU waits for its host with no document"
     return "" if choice.recorded else "there is no memory left for it"
 
 

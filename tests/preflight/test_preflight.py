@@ -30,6 +30,7 @@ from retool.config.options import (
     TrainerConfig,
 )
 from retool.data.loader import StepOrder, step_batch
+from retool.data.packing import LEAST_ROOM, shared_room
 from retool.data.template import time_and_memory
 from retool.model.config import DynamicScaling, ModelConfig
 from retool.model.costs import parameter_count
@@ -557,8 +558,12 @@ def test_what_cannot_be_recorded_is_told_where_it_was_asked_for(run: Path) -> No
     planned = replace(report.config.trainer, device="auto", device_memory_gb=80.0)
     report = replace(report, config=replace(report.config, trainer=planned))
     assert "no memory left" in why_unrecorded(report)
-    assert report.choice is not None and not packing_of(report, 0, 1, 1).recorded
-    report = replace(report, choice=replace(report.choice, recorded=1))
+    choice = report.choice
+    assert choice is not None and not packing_of(report, 0, 1, 1).recorded
+    report = replace(report, choice=replace(choice, recorded=LEAST_ROOM - 1))
+    assert "so large" in why_unrecorded(report)
+    assert shared_room([[1]], packing_of(report, 0, 1, 1)) == LEAST_ROOM
+    report = replace(report, choice=replace(choice, recorded=LEAST_ROOM))
     assert not why_unrecorded(report) and packing_of(report, 0, 1, 1).recorded
     plain = replace(report.config.model, attn="reference")
     assert "plain formula" in why_unrecorded(
