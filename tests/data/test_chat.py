@@ -4,6 +4,7 @@ same conversation.
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -499,3 +500,12 @@ def test_missing_tokenizer_and_template(tmp_path, tokenizer):
     copy.chat_template = None
     with pytest.raises(ValueError, match=r"no chat template.*data\.chat_template=hermes"):
         Renderer(copy)
+
+
+def test_a_renderer_keeps_no_more_variants_than_a_server_has_room_for(renderer_of, monkeypatch):
+    monkeypatch.setattr("retool.data.render.renderer.MOST_VARIANTS", 2)
+    renderer = renderer_of("chatml")
+    asked = [replace(renderer.rendering, template_kwargs={"x": x}) for x in range(3)]
+    made = [renderer.variant(each) for each in asked]
+    assert list(renderer.variants.values()) == made[1:]
+    assert renderer.variant(asked[2]) is made[2]

@@ -39,6 +39,7 @@ from retool.data.tokens.encoder import Encoder, Piece
 # Of one row in so many it is checked that its tokens decode to its text: decoding a row costs about
 # a twentieth of making it.
 ROWS_A_CHECK = 16
+MOST_VARIANTS = 32  # of a renderer that are kept
 
 
 def make_renderer(tokenizer: Any, rendering: Rendering) -> Renderer:
@@ -77,7 +78,8 @@ class Renderer:
         Raises ValueError as the constructor does.
         """
         key = repr(rendering)
-        if key not in self.variants:
+        made = self.variants.get(key)
+        if made is None:
             now = self.rendering
             alike = replace(rendering, history=now.history, inline_outputs=now.inline_outputs)
             if alike == now:
@@ -86,8 +88,11 @@ class Renderer:
                 made.rendering = rendering
             else:
                 made = Renderer(self.tokenizer, rendering)
+            # A server's clients may ask for any number of them
+            for oldest in list(self.variants)[: -(MOST_VARIANTS - 1)]:
+                self.variants.pop(oldest, None)
             self.variants[key] = made
-        return self.variants[key]
+        return made
 
     # -- text --
 
