@@ -152,13 +152,13 @@ def test_a_system_prompt_that_stands_in_a_column_too(role):
     assert said == ["Be exact.\n", "1+1?", "2"]
 
 
-def test_columns_that_nothing_reads_are_named(tmp_path):
-    row = {**FORMS["messages"][0], "weight": 0.5, "source": "web"}
+def test_columns_that_count_besides_and_those_that_nothing_reads_are_named(tmp_path):
+    row = {**FORMS["messages"][0], "weight": 0.5, "source": "web", "system": "Be exact."}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     many = {**FORMS["messages"][0], **{f"c{i}": i for i in range(10)}}
     (tmp_path / "b.jsonl").write_text(json.dumps(many))
     assert RowSource(str(tmp_path)).words() == [
-        "a.jsonl: messages; not read: weight, source",
+        "a.jsonl: messages; with system; not read: weight, source",
         "b.jsonl: messages; not read: c0, c1, c2, c3, c4, c5, c6, c7 and 2 more",
     ]
 

@@ -66,11 +66,18 @@ class RowSource:
         _ = self.forms
 
     def words(self) -> list[str]:
-        """What was taken for what, and what isn't read: a line a form, with the files that have it."""
+        """What was taken for what, which columns count besides, and which aren't read: a line a form, with
+        the files that have it.
+        """
         files: dict[str, list[str]] = {}
         for path, form in self.forms.items():
-            unread = [name for name in self._columns[path] if name not in form.columns]
-            words = form.layout.words + (f"; not read: {_few(unread)}" if unread else "")
+            columns = self._columns[path]
+            words = form.layout.words
+            said = {*form.layout.needed, *words.split()}
+            besides = [name for name in columns if name in form.columns and name not in said]
+            unread = [name for name in columns if name not in form.columns]
+            words += f"; with {_few(besides)}" if besides else ""
+            words += f"; not read: {_few(unread)}" if unread else ""
             files.setdefault(words, []).append(path.rpartition("/")[2])
         return [f"{named(paths)}: {words}" for words, paths in files.items()]
 
