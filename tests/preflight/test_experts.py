@@ -21,39 +21,9 @@ from retool.perf import GIB
 from retool.preflight.plan import choose
 from retool.preflight.training_memory import Setting, layer_bytes, predict
 from retool.preflight.world import check_experts
+from tests.model.test_published import QWEN_3_MOE
 from tests.preflight.test_memory import model, saved_bytes
 from tests.ranks import run_ranks
-
-# As published
-QWEN3_30B_A3B = {
-    "model_type": "qwen3_moe",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "decoder_sparse_step": 1,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 48,
-    "mlp_only_layers": [],
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "num_attention_heads": 32,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 4,
-    "output_router_logits": False,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000.0,
-    "router_aux_loss_coef": 0.001,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
 
 
 def test_what_an_expert_keeps_is_what_autograd_saves() -> None:
@@ -74,7 +44,7 @@ def test_what_an_expert_keeps_is_what_autograd_saves() -> None:
 
 def test_30b_a3b_is_planned_for_eight_gpus() -> None:
     """30.5B parameters of which 3.3B are active, says its model card (embedding included)."""
-    config = parse_model_config(QWEN3_30B_A3B)
+    config = parse_model_config(QWEN_3_MOE)
     assert parameter_count(config) == pytest.approx(30.5e9, rel=2e-3)
     active = multiplied_parameters(config) + config.vocab * config.hidden
     assert active == pytest.approx(3.35e9, rel=5e-3)
@@ -91,7 +61,7 @@ def test_30b_a3b_is_planned_for_eight_gpus() -> None:
 
 def test_divided_experts_take_less_of_each_gpu_of_eight() -> None:
     """Of a layer's experts two are gathered at a time, in bf16, and their gradients sent in fp32."""
-    config = parse_model_config(QWEN3_30B_A3B)
+    config = parse_model_config(QWEN_3_MOE)
     experts = 128 * 3 * 2048 * 768
     whole, divided = (
         predict(config, Setting(shards=8, ep=ep), 16_384, "full").state for ep in (1, 2)

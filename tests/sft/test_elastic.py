@@ -20,7 +20,8 @@ from retool.perf import StepTimer
 from retool.sft.step import train_step
 from tests.model.decoders import decoder_config
 from tests.ranks import run_ranks
-from tests.sft.test_parity import BATCH, Rows, compare
+from tests.sft.rows import Rows
+from tests.sft.test_parity import BATCH, compare
 
 HEADS = (12, 4)
 STEPS = 20

@@ -22,7 +22,7 @@ from retool.sft.recorded import SmallPacks
 from retool.sft.step import train_step
 from tests.model.decoders import decoder_config
 from tests.ranks import need_gpus, run_ranks
-from tests.sft.test_recorded import Rows
+from tests.sft.rows import Rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.alone, pytest.mark.timeout(200)]
 STEPS = 6
@@ -60,7 +60,7 @@ def train(case: Case, recorded: bool) -> tuple[list[float], np.ndarray, int]:
     small = SmallPacks(model, ROOM[mesh.world] if recorded else 0)
     budget = Budget(micro_batch_size=4 // mesh.dp)
     packing = Packing(budget, mesh.dp_rank, mesh.dp, case.sp, recorded=True)
-    rows = Rows(longest=100)
+    rows = Rows(longest=100, count=40)
     numbers = list[float]()
     for step in range(STEPS):
         batch = step_batch(step, rows, StepOrder(8, 0), packing)

@@ -28,8 +28,8 @@ from retool.sft.plan import SFTReport, Split
 from retool.sft.step import train_step
 from tests.model.decoders import decoder_config
 from tests.ranks import run_ranks
+from tests.sft.rows import Rows
 from tests.sft.test_command import words
-from tests.sft.test_parity import Rows
 
 CONFIG = SFTConfig(
     data=DataConfig(train_files=("a",), train_batch_size=4, seed=1),

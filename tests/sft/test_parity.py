@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from retool.batch import Sample
 from retool.data.loader import StepOrder, iterate_steps
 from retool.data.packing import Budget, Packing
 from retool.model.build import ModelOptions, build_decoder
@@ -23,28 +22,10 @@ from retool.perf import StepTimer
 from retool.sft.step import train_step
 from tests.model.decoders import decoder_config
 from tests.ranks import run_ranks
+from tests.sft.rows import Rows
 
 STEPS = 20
 BATCH = 8
-
-
-class Rows:
-    """64 random samples of 2 to 30 tokens."""
-
-    def __init__(self) -> None:
-        rng = np.random.default_rng(0)
-        self.samples = [
-            Sample(rng.integers(0, 61, n).astype(np.int32), rng.random(n) < 0.6)
-            for n in rng.integers(2, 31, 64)
-        ]
-        self.lengths = np.array([len(s) for s in self.samples])
-        self.trained = np.array([s.trained for s in self.samples])
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.samples[index]
 
 
 def run(

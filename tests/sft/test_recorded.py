@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retool.batch import PackedBatch, Sample
+from retool.batch import PackedBatch
 from retool.data.loader import StepOrder, step_batch
 from retool.data.packing import TOKENS_OF_A_DOCUMENT, Budget, Packing, recorded_size, shared_room
 from retool.model import build
@@ -33,6 +32,7 @@ from retool.sft.recorded import SmallPacks
 from retool.sft.step import train_step
 from tests.model.decoders import decoder_config
 from tests.ranks import run_ranks
+from tests.sft.rows import Rows
 
 STEPS = 4  # of two micro-batches: the third of a size is recorded
 
@@ -141,7 +141,9 @@ def train(recorder: Record | None, sp: int = 1, hold: bool = False) -> list[Any]
         small = None if recorder is None else SmallPacks(model, 256, recorder)
         found: list[Any] = []
         for step in range(STEPS):
-            batch = step_batch(step, Rows(), StepOrder(8, 0), packing(mesh.dp_rank, mesh.dp, sp))
+            batch = step_batch(
+                step, Rows(20, 40), StepOrder(8, 0), packing(mesh.dp_rank, mesh.dp, sp)
+            )
             timer = StepTimer(mesh.device)
             packs = batch.micro_batches
             measured = train_step(
@@ -156,25 +158,6 @@ def train(recorder: Record | None, sp: int = 1, hold: bool = False) -> list[Any]
 
 def packing(dp_rank: int, dp: int, sp: int) -> Packing:
     return Packing(Budget(micro_batch_size=4 // dp), dp_rank, dp, sp, recorded=True)
-
-
-class Rows:
-    """Samples of 2 tokens up to the `longest`'s."""
-
-    def __init__(self, longest: int = 20) -> None:
-        rng = np.random.default_rng(0)
-        self.samples = [
-            Sample(rng.integers(0, 61, n).astype(np.int32), rng.random(n) < 0.6)
-            for n in rng.integers(2, longest + 1, 40)
-        ]
-        self.lengths = np.array([len(s) for s in self.samples])
-        self.trained = np.array([s.trained for s in self.samples])
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.samples[index]
 
 
 def test_recorded_steps_train_as_others_do() -> None:
@@ -233,7 +216,7 @@ def test_a_small_micro_batch_finds_no_graph_of_one_before(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(small, "run", run)
     monkeypatch.setattr(small, "takes", lambda _: len(graphs) == 2)
-    batch = step_batch(0, Rows(), StepOrder(12, 0), packing(0, 1, 1))
+    batch = step_batch(0, Rows(20, 40), StepOrder(12, 0), packing(0, 1, 1))
     optimizer = AdamW(model, AdamWOptions())
     timer = StepTimer(mesh.device)
     train_step(model, optimizer, batch.micro_batches, batch.trained_tokens, 0, timer, small=small)
@@ -259,7 +242,7 @@ def test_room_is_looked_for_where_small_micro_batches_are_recorded() -> None:
     """It is work for each rank of a run, and on the thread that the next packs come from."""
     for recorded in (True, False):
         asked = replace(packing(1, 2, 2), recorded=recorded)
-        packs = step_batch(0, Rows(), StepOrder(8, 0), asked).micro_batches
+        packs = step_batch(0, Rows(20, 40), StepOrder(8, 0), asked).micro_batches
         assert all((pack.room > 0) == recorded for pack in packs)
 
 
