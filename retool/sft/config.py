@@ -81,8 +81,7 @@ class DataConfig:
         "auto",
         "Where a micro-batch has so few tokens that a GPU would wait for its host, launch it as "
         "one CUDA graph, recorded at the third of its size, if there is memory for it; not with "
-        "experts or replicas. auto = where one process trains, and not with "
-        "trainer.deterministic.",
+        "experts or replicas. auto = on one machine, and not with trainer.deterministic.",
     )
     keep_documents_whole: bool = option(
         True,

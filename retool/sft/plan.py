@@ -163,7 +163,7 @@ def records(report: SFTReport) -> bool:
     if asked != "auto":
         return asked
     # A recording doesn't give the very bits of the runs before it
-    return report.world.processes == 1 and not report.config.trainer.deterministic
+    return report.world.nodes == 1 and not report.config.trainer.deterministic
 
 
 def why_unrecorded(report: SFTReport) -> str:

@@ -37,6 +37,10 @@ class SmallPacks:
     def takes(self, pack: PackedBatch) -> bool:
         return 0 < pack.room <= self.most
 
+    def close(self) -> None:
+        """Forget what was recorded; whoever still holds this holds no graph."""
+        self.recordings.made.clear()
+
     def run(
         self, pack: PackedBatch, trained_tokens: int, scale: torch.Tensor, held: bool
     ) -> torch.Tensor:

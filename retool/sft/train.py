@@ -7,7 +7,8 @@ backward pass.
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 
 from retool import checkpoint
@@ -76,35 +77,43 @@ def train(report: SFTReport, caller: Caller = COMMAND) -> int | None:
     report = same_plan(report, mesh)
     session, state = start(report, mesh, caller)
     plan_ahead(session, state)
-    trainer = report.config.trainer
     with session.stop, orderly_end(session, state):
         with closing(training_batches(session, state.step)) as batches, session.watchdog:
-            while state.step < report.steps:
-                session.watchdog.beat()
-                with session.timer.phase("data"):
-                    batch = next(batches)
-                one_step(session, state, batch)
-                # Every step: the ranks must leave the loop after the same one, or the next
-                # collective never ends.
-                stopping = session.stop.agreed(mesh)
-                last = state.step == report.steps
-                if last or due(trainer.test_freq, state.step, report.steps_per_epoch):
-                    with session.timer.phase("testing"):
-                        run_validation(session, state)
-                if last or stopping or due(trainer.save_freq, state.step, report.steps_per_epoch):
-                    with session.timer.phase("save"):
-                        save(session, state)
-                # Validation or a save came between two steps: its time isn't the next step's.
-                if not state.pending:
-                    state.between = session.timer.take().seconds()
-                if stopping and not last:
-                    break
-            log_pending(session, state)
-            # Recorded collectives keep NCCL from ending
-            state.small = None
+            # Recorded collectives keep NCCL from ending, also after an error
+            with closing(state.small) if state.small is not None else nullcontext():
+                train_steps(session, state, batches)
             finish(session, state)
         session.staging.close()
     return session.stop.received
+
+
+def train_steps(
+    session: Session[SFTReport], state: TrainState, batches: Iterator[StepBatch]
+) -> None:
+    """All steps that are left, or those until the run is asked to stop; validated and saved as due."""
+    report = session.report
+    trainer = report.config.trainer
+    while state.step < report.steps:
+        session.watchdog.beat()
+        with session.timer.phase("data"):
+            batch = next(batches)
+        one_step(session, state, batch)
+        # Every step: the ranks must leave the loop after the same one, or the next collective never
+        # ends.
+        stopping = session.stop.agreed(session.mesh)
+        last = state.step == report.steps
+        if last or due(trainer.test_freq, state.step, report.steps_per_epoch):
+            with session.timer.phase("testing"):
+                run_validation(session, state)
+        if last or stopping or due(trainer.save_freq, state.step, report.steps_per_epoch):
+            with session.timer.phase("save"):
+                save(session, state)
+        # Validation or a save came between two steps: its time isn't the next step's.
+        if not state.pending:
+            state.between = session.timer.take().seconds()
+        if stopping and not last:
+            break
+    log_pending(session, state)
 
 
 def start(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +27,7 @@ from retool.sft.step import train_step
 from tests.model.decoders import decoder_config
 from tests.ranks import need_gpus, run_ranks
 from tests.sft.rows import Rows
+from tests.sft.test_command import steps, words
 
 pytestmark = [pytest.mark.gpu, pytest.mark.alone, pytest.mark.timeout(200)]
 STEPS = 6
@@ -112,3 +117,74 @@ def test_recorded_micro_batches_train_as_others_do(gpus: int) -> None:
             torch.testing.assert_close(got, want, rtol=2e-2, atol=0, msg=f"{case}")
             distance = np.linalg.norm(others - weights) / np.linalg.norm(weights)
             assert distance < 5e-3, (case, distance)
+
+
+# `python -m retool.sft` that counts its recordings, with an accident on the last rank where asked for
+COUNTED = """
+import os, sys
+from retool.parallel.fsdp.recording import Recordings
+from retool.sft import __main__ as command, train
+
+make, whole, calls = Recordings._make, train.train_step, 0
+
+def made(self, *arguments):
+    done = make(self, *arguments)
+    print(f"recorded {len(self.made)}", flush=True)
+    return done
+
+def train_step(*arguments, **named):
+    global calls
+    calls += 1
+    if f"{calls}" == os.environ["ACCIDENT"] and int(os.environ["RANK"]) + 1 == int(os.environ["WORLD_SIZE"]):
+        raise RuntimeError("out of luck")
+    return whole(*arguments, **named)
+
+Recordings._make, train.train_step = made, train_step
+sys.exit(command.main(sys.argv[1:]))
+"""
+
+
+def run(
+    folder: Path, gpus: int, given: list[str], accident: int = 0
+) -> subprocess.CompletedProcess[str]:
+    script = folder / "counted.py"
+    script.write_text(COUNTED)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    return subprocess.run(
+        [*launcher, f"--nproc_per_node={gpus}", str(script), *given, "trainer.device=cuda"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": path, "ACCIDENT": str(accident)},
+    )
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_the_command_records_validates_saves_and_goes_on(
+    gpus: int, work: Path, tmp_path: Path
+) -> None:
+    need_gpus(gpus)
+    more = {"data.val_files": work / "val.parquet", "trainer.test_freq": 4, "trainer.save_freq": 5}
+    losses = list[list[float]]()
+    for recorded in ("auto", "false"):
+        out = tmp_path / recorded
+        given = [f"{k}={v}" for k, v in more.items()]
+        given = [*words(work, out, *given), f"data.record_micro_batches={recorded}"]
+        for until in (10, 13):
+            done = run(tmp_path, gpus, [*given, f"trainer.total_training_steps={until}"])
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+            assert ("recorded 1" in done.stdout) == (recorded == "auto"), done.stdout[-3000:]
+        losses.append([entry["train/loss"] for entry in steps(out)])
+    assert len(losses[0]) == 13
+    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-2)
+
+
+def test_an_error_ends_a_run_that_recorded(work: Path, tmp_path: Path) -> None:
+    gpus = min(2, torch.cuda.device_count())
+    given = words(work, tmp_path / "out", "trainer.total_training_steps=12")
+    begun = time.perf_counter()
+    done = run(tmp_path, gpus, given, accident=11)
+    assert done.returncode == 1 and "out of luck" in done.stdout + done.stderr
+    assert "recorded 1" in done.stdout
+    assert time.perf_counter() - begun < 80

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,11 +29,14 @@ from retool.parallel.fsdp.recording import Record, Work, come_to_rest
 from retool.parallel.mesh import make_mesh
 from retool.perf import StepTimer
 from retool.sft import loss, step
+from retool.sft import train as run
+from retool.sft.__main__ import main
 from retool.sft.recorded import SmallPacks
 from retool.sft.step import train_step
 from tests.model.decoders import decoder_config
 from tests.ranks import run_ranks
 from tests.sft.rows import Rows
+from tests.sft.test_command import words
 
 STEPS = 4  # of two micro-batches: the third of a size is recorded
 
@@ -221,6 +225,25 @@ def test_a_small_micro_batch_finds_no_graph_of_one_before(monkeypatch: pytest.Mo
     timer = StepTimer(mesh.device)
     train_step(model, optimizer, batch.micro_batches, batch.trained_tokens, 0, timer, small=small)
     assert alive == [False, False]
+
+
+def test_an_error_leaves_nothing_recorded(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error's traceback holds the frames that hold it, and NCCL can't end before its graphs."""
+    made = list[dict[str, str]]()
+
+    def out_of_luck(*_: Any, small: SmallPacks, **__: Any) -> None:
+        recorded: Any = small.recordings.made
+        recorded["of a size"] = "a graph"
+        made.append(recorded)
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(run, "records", lambda _: True)
+    monkeypatch.setattr(run, "train_step", out_of_luck)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        main(words(work, tmp_path / "run"))
+    assert made == [{}]
 
 
 def train_twice(sp: int, hold: bool) -> list[list[Any]]:
