@@ -5,6 +5,7 @@ Everything, to be parsed, is in metrics.jsonl.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,6 +58,7 @@ TROUBLES = (  # shown where there are any: (metric, label)
 )
 VALIDATED = re.compile(r"val-core/(?P<source>.+)/(?P<what>\w+)/(?P<kind>\w+@\d+)(?:/mean)?")
 PHASES_SHOWN = 5
+LONG = 1e9  # from here on a number is shown by its exponent
 TEXT_CHARACTERS = 200  # shown of a text, its last
 
 
@@ -140,11 +142,18 @@ class ConsoleLogger:
 def headline(metrics: Mapping[str, float]) -> list[str]:
     """The few numbers of a step that people look at, and what went wrong in it, if anything did."""
     shown = [
-        f"{label} {format(metrics[name], form)}"
+        f"{label} {number(metrics[name], form)}"
         for name, label, form in HEADLINE
         if name in metrics
     ]
     return shown + [f"{label} {metrics[name]:g}" for name, label in TROUBLES if metrics.get(name)]
+
+
+def number(value: float, form: str) -> str:
+    """`value` in this format; one that would be too long to read so, such as a reward of 1e300, in
+    scientific notation.
+    """
+    return format(value, ".3e" if LONG <= abs(value) < math.inf else form)
 
 
 def validation_lines(metrics: Mapping[str, float]) -> Iterator[str]:
@@ -154,7 +163,7 @@ def validation_lines(metrics: Mapping[str, float]) -> Iterator[str]:
         core = VALIDATED.fullmatch(name)
         if core is not None:
             words = by_source.setdefault(f"{core['source']} {core['what']}", [])
-            words.append(f"{core['kind']} {value:.3f}")
+            words.append(f"{core['kind']} {number(value, '.3f')}")
     for source, words in by_source.items():
         yield printable("  ".join([f"val {source}", *words]))
 

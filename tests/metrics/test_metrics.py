@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -28,6 +29,7 @@ from retool.metrics import (
     printable,
     read_jsonl,
 )
+from retool.metrics.console import headline, validation_lines
 
 
 def info(folder: Path, first_step: int = 0, total_steps: int = 10) -> RunInfo:
@@ -429,6 +431,17 @@ def test_swanlab_locally(
     loggers.close()
     assert "logger fails" not in capsys.readouterr().err
     assert any((tmp_path / "swanlab").rglob("*"))
+
+
+def test_a_score_of_any_size_fits_into_the_line() -> None:
+    for size in (1e300, -1e300, 1.5e9):
+        assert headline({"critic/score/mean": size}) == [f"score {size:.3e}"]
+        (line,) = validation_lines({"val-core/a/acc/mean@1": size})
+        assert line == f"val a acc  mean@1 {size:.3e}"
+    assert headline({"critic/score/mean": math.inf, "perf/throughput": 123456.7}) == [
+        "score inf",
+        "tok/s/gpu 123,457",
+    ]
 
 
 def test_the_loggers_that_the_configuration_names_are_those_that_there_are() -> None:
