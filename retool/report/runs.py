@@ -83,6 +83,7 @@ def _notes(file: Path, series: Series, steps: list[int]) -> list[str]:
         notes.append("no metrics yet")
     if series.stride > 1:
         notes.append(f"one value for every {series.stride} steps, as all would not fit on a page")
+    notes += series.signs.summary()
     if series.left_out:
         notes.append(f"{series.left_out} lines or values in metrics.jsonl are no metrics")
     return notes

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from retool.files.untrusted import read_lines, shown
+from retool.metrics.collapse import Signs
 
 LINE_BYTES = 1 << 20  # of metrics.jsonl; real lines have one or two thousand
 MOST_STEPS = 10_000  # points of one curve
@@ -29,6 +30,7 @@ class Series:
     def __init__(self, most_values: int = MOST_VALUES) -> None:
         self.stride = 1
         self.left_out = 0  # lines, and names, that are no metrics
+        self.signs = Signs()  # of all steps, before they share rows
         self._most_values = most_values
         self._rows: dict[int, dict[str, Any]] = {}  # step // stride → name → value
         self._steps: dict[int, int] = {}  # step // stride → the last step in it
@@ -36,6 +38,7 @@ class Series:
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
         """Take in one line of metrics.jsonl."""
+        self.signs.see(step, metrics)
         place = step // self.stride
         row = self._rows.setdefault(place, {})
         self._steps[place] = max(step, self._steps.get(place, 0))

@@ -7,7 +7,6 @@ to the backward pass.
 from __future__ import annotations
 
 import gc
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from retool.metrics.collapse import Signs, signs_before
 from retool.model.costs import model_flops
 from retool.optim import learning_rate
 from retool.perf import device_peak, mfu, peak_memory
@@ -82,6 +82,7 @@ def train(report: RLReport, caller: Caller = COMMAND) -> int | None:
     session = run.session
     trainer = report.config.trainer
     rollout = report.config.actor_rollout_ref.rollout
+    signs = signs_before(session.folder, state.step) if mesh.rank == 0 else Signs()
     gc.collect()
     gc.freeze()  # questions and tokenizer stay: no collection while sampling walks through them
     with session.stop, orderly_end(session, state), let_go(run):
@@ -106,6 +107,8 @@ def train(report: RLReport, caller: Caller = COMMAND) -> int | None:
                 # Logged before the run may end here: the numbers of the step that went wrong are
                 # the ones to look at.
                 session.loggers.log(state.step, {**metrics, **timing_metrics(times)})
+                for sign in signs.see(state.step, metrics):
+                    say(mesh, sign)
                 require_infrastructure(state, rollout.max_lost_share, rollout.max_lost_steps)
             # Does nothing when the last step was saved: `save_step` knows the step that it saved.
             if state.step:
@@ -113,14 +116,6 @@ def train(report: RLReport, caller: Caller = COMMAND) -> int | None:
             finish(session, state)
         session.staging.close()
     return session.stop.received
-
-
-DISAGREEMENT = 0.2  # nats per token between sampler and trainer; bf16 has 0.001 to 0.02
-DISAGREE = (
-    "sampler and trainer disagree on the log-probabilities of sampled tokens "
-    "(training/rollout_logp_diff_mean): one of their kernels computes wrongly here, and the policy "
-    "gradient means little. Try actor_rollout_ref.model.attn=reference, or do without flash-attn."
-)
 
 
 def due(every: int, step: int) -> bool:
@@ -172,9 +167,6 @@ def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
     data = session.report.config.data
     metrics = {**tool_metrics(members), **metrics, **score_metrics(members), **made.metrics}
     metrics |= length_metrics(members, data.max_response_length, data.max_prompt_length)
-    gap = metrics.get("training/rollout_logp_diff_mean", 0.0)
-    if session.mesh.rank == 0 and gap > DISAGREEMENT:
-        warnings.warn(DISAGREE, stacklevel=1)  # once a run: the text is always the same
     return {**metrics, **performance(session, made, times)}
 
 
