@@ -39,6 +39,8 @@ from typing import Any
 import torch
 from table import failed, hardware, head, row, save, some_of
 
+from retool.metrics import read_jsonl
+
 SOURCE = "gsm8k"
 ARR = "actor_rollout_ref."
 
@@ -287,26 +289,41 @@ def in_table(line: dict[str, Any]) -> list[str]:
 
 
 def progress(folder: Path) -> str:
-    """The share of right answers among everything that DAPO sampled (temperature 1), in its first
-    and last five steps.
-    """
+    """What DAPO's steps took and called, and the share of right answers among all that it sampled."""
     path = folder / "metrics.jsonl"
-    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    steps = [entry for entry in entries if "filter/metric_mean" in entry]
+    entries = read_jsonl(path) if path.exists() else []
+    steps = [entry for entry in entries if "timing_s/step" in entry]
     if not steps:
         return "no step of DAPO was finished"
-    first, last = (
-        sum(entry["filter/metric_mean"] for entry in part) / len(part)
-        for part in (steps[:5], steps[-5:])
-    )
     seconds = sum(entry["timing_s/step"] for entry in steps) / len(steps)
     calls, wrong = (
         sum(entry.get(f"tool/{name}", 0) for entry in steps) for name in ("calls", "errors")
     )
     return (
-        f"{len(steps)} steps of DAPO, {seconds:.1f} s each: {first:.1%} of the sampled answers "
-        f"right in the first five, {last:.1%} in the last; {calls:,.0f} tool calls in what was "
-        f"trained on, {wrong:,.0f} of them failed"
+        f"{len(steps)} steps of DAPO, {seconds:.1f} s each: {right_answers(steps)}{calls:,.0f} tool "
+        f"calls in what was trained on, {wrong:,.0f} of them failed"
+    )
+
+
+def right_answers(steps: Sequence[dict[str, Any]]) -> str:
+    """The share of right answers among everything sampled (temperature 1), groups without a signal
+    too, in the first and the last five steps that sampled; nothing without DAPO's filter.
+
+    A step whose groups are all left over from the step before samples nothing, and has no share.
+    """
+    rounds = [
+        entry for entry in steps if "filter/metric_mean" in entry and entry["filter/groups_sampled"]
+    ]
+    if not rounds:
+        return ""
+    first, last = (
+        sum(entry["filter/metric_mean"] * entry["filter/groups_sampled"] for entry in part)
+        / sum(entry["filter/groups_sampled"] for entry in part)
+        for part in (rounds[:5], rounds[-5:])
+    )
+    return (
+        f"{first:.1%} of the sampled answers right in the first five that sampled any, "
+        f"{last:.1%} in the last; "
     )
 
 

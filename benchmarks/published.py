@@ -12,11 +12,14 @@ ever ends an answer or calls a tool: nearly all answers are as long as they may 
 interpreter waits. The reward is one that gives every group of answers a signal.
 
 *sampling* is without the tools and judges that it waited for; *other* is what no part counts. The
-last step validates and saves, which isn't part of the step.
+last step validates and saves, which isn't part of the step. A command that takes longer than
+`--timeout` is asked to stop, and has `--stopping` seconds more; the table has the steps that it did.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import signal
 import statistics
@@ -37,6 +40,8 @@ from retool.metrics import read_jsonl
 
 HERE = Path(__file__).resolve().parent
 ARR = "actor_rollout_ref."
+LOOK_S = 0.2  # seconds between two looks at a run's metrics
+GRACE_S = 10.0  # for torchrun to end the ranks that haven't ended in time
 # The column and the metric's name; "gen" holds the next two
 PARTS = {
     "weights": "sync_weights",
@@ -71,8 +76,9 @@ def sft_keys(args: Namespace) -> list[str]:
 
 
 def run(args: Namespace, name: str, files: list[Path], keys: list[str], folder: Path) -> Line:
-    """One of the scripts in `examples/`, from its start to its end: its steps, and the seconds of
-    the whole. What was cut short has the steps that it came to.
+    """One of the scripts in `examples/`, from its start to its end: its steps, the seconds of the
+    whole and those before its first step (NaN where there was none). What was cut short has the
+    steps that it came to.
     """
     out = folder / name
     environment = {
@@ -83,7 +89,7 @@ def run(args: Namespace, name: str, files: list[Path], keys: list[str], folder: 
         "SAVE_PATH": str(out),
         "GPUS": str(args.gpus),
         "SP": str(args.gpus),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(args.stopping),
         # torchrun of this Python; the reward finds what it imports
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
         "PYTHONPATH": os.pathsep.join(
@@ -94,28 +100,53 @@ def run(args: Namespace, name: str, files: list[Path], keys: list[str], folder: 
     script = HERE.parent / "examples" / f"{name}_qwen2_5.sh"
     command = ["bash", str(script), *keys, *always, *args.overrides.split()]
     log = folder / f"{name}.log"
-    note = ""
-    began = time.monotonic()
-    with (
-        log.open("w") as file,
-        # A session of its own: torchrun is the script's child
-        subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        ) as process,
-    ):
-        try:
-            status = process.wait(args.timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
-            status = 0
-            note = f"stopped after {args.timeout:.0f} s"
-    whole = time.monotonic() - began
-    if status:
-        raise RuntimeError(f"exit status {status}: {cause(log.read_text(errors='replace'))}")
     metrics = out / "metrics.jsonl"
-    entries = read_jsonl(metrics) if metrics.exists() else []
-    return {"name": name, "whole": whole, "note": note, "entries": entries}
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        whole, starting = watch(process, metrics, args.timeout, args.stopping)
+    stopped = whole > args.timeout
+    if process.returncode and not stopped:
+        said = cause(log.read_text(errors="replace"))
+        raise RuntimeError(f"exit status {process.returncode}: {said}")
+    return {
+        "name": name,
+        "whole": whole,
+        "starting": starting,
+        "note": f"stopped after {args.timeout:.0f} s" if stopped else "",
+        "entries": read_entries(metrics),
+    }
+
+
+def watch(
+    process: subprocess.Popen[Any], metrics: Path, limit: float, stopping: float
+) -> tuple[float, float]:
+    """Wait for a run to end; after `limit` seconds it is asked to, and after `stopping` more it is killed.
+
+    Returns (seconds until it ended, those before its first step), the second within LOOK_S, and NaN
+    if no step was written.
+    """
+    began = time.monotonic()
+    starting = float("nan")
+    asked = False
+    while process.poll() is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(LOOK_S)
+        passed = time.monotonic() - began
+        if math.isnan(starting):
+            entries = read_entries(metrics)
+            if any("timing_s/step" in entry for entry in entries):
+                starting = passed - in_steps(entries)
+        if passed > limit and not asked:
+            process.send_signal(signal.SIGTERM)  # torchrun passes it on, and waits for its ranks
+            asked = True
+        if passed > limit + stopping + GRACE_S:
+            process.kill()
+    return time.monotonic() - began, starting
+
+
+def read_entries(metrics: Path) -> list[dict[str, Any]]:
+    """What a run has written so far."""
+    return read_jsonl(metrics) if metrics.exists() else []
 
 
 # --- the tables ---
@@ -125,9 +156,19 @@ def seconds_of(line: Line, key: str) -> float:
     return sum(entry.get(f"timing_s/{key}") or 0.0 for entry in line["entries"])
 
 
-def rest(line: Line) -> float:
-    """What isn't in a step, in validation or in a save: starting and ending."""
-    return line["whole"] - sum(seconds_of(line, k) for k in ("step", "testing", "save_checkpoint"))
+def in_steps(entries: list[dict[str, Any]]) -> float:
+    """Seconds of steps, validations and saves."""
+    return sum(
+        entry.get(f"timing_s/{key}") or 0.0
+        for entry in entries
+        for key in ("step", "testing", "save_checkpoint")
+    )
+
+
+def around(line: Line) -> str:
+    """What isn't in a step, in validation or in a save."""
+    ending = line["whole"] - line["starting"] - in_steps(line["entries"])
+    return f"starting {line['starting']:.1f}, ending {ending:.1f}, the whole command {line['whole']:.1f}"
 
 
 def show_dapo(line: Line, title: str) -> None:
@@ -151,7 +192,7 @@ def show_dapo(line: Line, title: str) -> None:
         row([name, *(f"{value:.2f}" for value in values)])
     for name, key, form in FIGURES:
         row([name, *(f"{entry.get(key) or 0.0:{form}}" for entry in steps)])
-    print(f"starting and ending {rest(line):.1f}, the whole command {line['whole']:.1f}")
+    print(around(line))
 
 
 def show_sft(line: Line, title: str) -> None:
@@ -172,6 +213,7 @@ def show_sft(line: Line, title: str) -> None:
     row(["validation loss", " · ".join(f"{loss:.3f}" for loss in held_out)])
     row(["peak GiB", f"{steps[-1]['perf/max_memory_allocated_gb']:.1f}"])
     row(["seconds of all steps", f"{seconds_of(line, 'step'):.1f}"])
+    row(["seconds before the first", f"{line['starting']:.1f}"])
     row(["the whole command", f"{line['whole']:.1f}"])
 
 
@@ -202,6 +244,9 @@ def main() -> None:
     parser.add_argument("--sft-steps", type=int, help="of SFT; else both epochs")
     parser.add_argument("--overrides", default="", help="more keys, as key=value …")
     parser.add_argument("--timeout", type=float, default=900, help="seconds of a command")
+    parser.add_argument(
+        "--stopping", type=float, default=20, help="more, for a command that is asked to stop"
+    )
     parser.add_argument("--logs", type=Path, help="keep the commands' output and runs here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -14,8 +14,9 @@ GPUS=${GPUS:-2}
 SP=${SP:-2}
 TP=${TP:-1}
 
+# exec: this process becomes torchrun, so that a signal to it reaches the run, which saves and ends.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
-torchrun --nnodes="${NNODES:-1}" --nproc_per_node="$GPUS" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m retool.rl \
+exec torchrun --nnodes="${NNODES:-1}" --nproc_per_node="$GPUS" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m retool.rl \
     algorithm.adv_estimator=grpo algorithm.use_kl_in_reward=False algorithm.kl_ctrl.kl_coef=0.0 \
     data.train_files="['$TRAIN']" data.val_files="['$EVAL']" data.return_raw_chat=True \
     data.train_batch_size=512 data.max_prompt_length=2048 data.max_response_length=16384 \

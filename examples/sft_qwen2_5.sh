@@ -14,8 +14,9 @@ GPUS=${GPUS:-2}
 SP=${SP:-2}
 
 # When the machine is taken away (SIGTERM or SIGUSR1) the workers save, if they get the time; the same command then goes on.
+# exec: this process becomes torchrun, so that a signal to it reaches the run.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
-torchrun --nnodes="${NNODES:-1}" --nproc_per_node="$GPUS" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m retool.sft \
+exec torchrun --nnodes="${NNODES:-1}" --nproc_per_node="$GPUS" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m retool.sft \
     data.train_files="$TRAIN" data.val_files="$EVAL" \
     data.max_length=16384 data.train_batch_size=16 \
     data.multiturn.enable=true data.multiturn.messages_key=messages data.multiturn.tools_key=tools \

@@ -182,7 +182,7 @@ filter/groups_expired | Questions thrown away | in a step | down noisy
 filter/groups_reused | Questions from the step before | in a step | noisy
     Questions that were kept because the batch of the step before was full.
 filter/metric_mean | Mean before filtering | | up noisy
-    Mean of the metric over everything that was sampled.
+    Mean of the metric over everything that was sampled; left out where nothing was.
 filter/groups_kept | Questions for the next step | in a step | noisy
     Questions beyond what this batch took.
 timing_s/tools | Waiting for tools | seconds | down noisy

@@ -136,11 +136,12 @@ def _require_usable(run: Run, state: TrainState, sampled: _Sampled) -> None:
 
 def _metrics(run: Run, sampled: _Sampled, kept: int, times: Metrics) -> Metrics:
     """Of all samples, in groups without a signal too."""
-    tokens = sum(member.trajectory.sampled for member in sampled.samples)
     stops = [member.trajectory.stop for member in sampled.samples]
     metrics = failure_metrics(sampled.samples) | judge_metrics(sampled.samples)
     metrics |= {f"stop/{stop.value}": float(stops.count(stop)) for stop in LOST}
-    metrics["perf/rollout_tokens_per_second"] = tokens / max(times.get("gen", 0.0), 1e-9)
+    if sampled.samples:  # the groups may all be left over from the step before
+        tokens = sum(member.trajectory.sampled for member in sampled.samples)
+        metrics["perf/rollout_tokens_per_second"] = tokens / max(times.get("gen", 0.0), 1e-9)
     if run.engines > 1:
         metrics["rollout/engines_back"] = float(len(run.samplers.back))
         metrics["rollout/moved_samples"] = float(run.samplers.moved)

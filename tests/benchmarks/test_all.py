@@ -253,6 +253,24 @@ def test_no_benchmark_is_left_out() -> None:
     assert {path.stem for path in BENCHMARKS.glob("*.py")} == {*ALONE, *elsewhere}
 
 
+def test_a_step_that_samples_nothing_has_no_share_of_right_answers(tmp_path: Path) -> None:
+    """Its groups are left over; the share is that of all questions, however many a step had."""
+    shares = [(30, 0.2), (0, None), (10, 0.4), (0, 0.0), (8, 1.0)]
+    entries = [
+        {"step": i, "timing_s/step": 2.0, "filter/groups_sampled": n, "tool/calls": 7}
+        | ({} if share is None else {"filter/metric_mean": share})
+        for i, (n, share) in enumerate(shares)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    said = benchmark("learn").progress(tmp_path)
+    assert (
+        said.startswith("5 steps of DAPO, 2.0 s each: 37.5% of the sampled answers")
+        and "35 tool" in said
+    )
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "timing_s/step": 2.0}\n')
+    assert "right" not in benchmark("learn").progress(tmp_path), "without DAPO's filter"
+
+
 @pytest.mark.slow
 def test_the_learning_run_in_three_calls(model: Path, tmp_path: Path, repository: Path) -> None:
     questions(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,40 @@ def test_parts_add_up_to_the_step(capsys: pytest.CaptureFixture[str]) -> None:
         {"step": 1, **{f"timing_s/{name}": seconds for name, seconds in PARTS.items()}},
         {"step": 1, "val-core/acc/mean@1": 0.5},
     ]
-    line = {"name": "dapo", "whole": 50.0, "note": "", "entries": entries}
+    line = {"name": "dapo", "whole": 50.0, "starting": 7.0, "note": "", "entries": entries}
     published.show_dapo(line, "2 GPUs")
     text = capsys.readouterr().out
     cells = {row[0].strip(): row[1].strip() for row in rows_of(text) if "seconds" not in row[0]}
     parts = ("weights", "sampling", "tools", "reward", "old log-probs", "update", "other")
     assert cells["sampling"] == "15.00" and cells["other"] == "1.00"
     assert sum(float(cells[name]) for name in parts) == float(cells["the step"]) == 34
-    assert "starting and ending 11.0" in text
+    assert "starting 7.0, ending 4.0, the whole command 50.0" in text
+
+
+SLOW_TO_STOP = """#!/bin/sh
+step() { echo "{\\"step\\": $1, \\"timing_s/step\\": 0.1}" >> "$SAVE_PATH/metrics.jsonl"; }
+mkdir -p "$SAVE_PATH"
+trap 'sleep 0.3; step 2; exit 143' TERM
+sleep 0.2
+step 1
+sleep 30 &
+wait
+"""
+
+
+def test_what_a_run_does_while_it_stops_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal reaches torchrun through the script, and the table waits for it."""
+    published = benchmark("published")
+    (tmp_path / "torchrun").write_text(SLOW_TO_STOP)
+    (tmp_path / "torchrun").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    args = Namespace(model="m", gpus=2, device="cpu", overrides="", timeout=1.2, stopping=5)
+    line = published.run(args, "dapo", [tmp_path, tmp_path], [], tmp_path)
+    assert [entry["step"] for entry in line["entries"]] == [1, 2]
+    assert line["note"] == "stopped after 1 s" and 0 < line["starting"] < line["whole"] - 0.5
+    assert line["whole"] < 5
 
 
 @pytest.mark.slow

@@ -83,16 +83,22 @@ class Collection:
     measured: int = 0
 
     def metrics(self, kept: int) -> dict[str, float]:
-        """What became of the groups; `kept` go on to the next step."""
-        return {
+        """What became of the groups; `kept` go on to the next step.
+
+        There is no mean of the metric where nothing was measured: in a step whose groups are all left
+        over from the step before, for one.
+        """
+        counts: dict[str, float] = {
             "filter/gen_batches": self.rounds,
             "filter/groups_sampled": self.sampled,
             "filter/groups_no_signal": self.no_signal,
             "filter/groups_expired": self.expired,
             "filter/groups_reused": self.reused,
             "filter/groups_kept": kept,
-            "filter/metric_mean": self.total / max(self.measured, 1),
         }
+        if not self.measured:
+            return counts
+        return counts | {"filter/metric_mean": self.total / self.measured}
 
 
 def begin(kept: Sequence[Group], step: int) -> Collection:

@@ -164,6 +164,16 @@ def test_dynamic_sampling() -> None:
         "filter/groups_kept": 1,
         "filter/metric_mean": 0.7,
     }
+    left_over = begin(kept, 5)
+    assert complete(left_over, 1, 0)
+    assert left_over.metrics(0) == {
+        "filter/gen_batches": 0,
+        "filter/groups_sampled": 0,
+        "filter/groups_no_signal": 0,
+        "filter/groups_expired": 0,
+        "filter/groups_reused": 1,
+        "filter/groups_kept": 0,
+    }, "nothing was sampled: there is no mean of it"
 
 
 def test_a_failed_judgement_is_a_wrong_answer_not_an_accuracy_of_the_floor() -> None:
