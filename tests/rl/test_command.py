@@ -417,6 +417,7 @@ def test_validation_alone_gives_the_likeliest_answers_and_trains_nothing(
     assert found[0] == found[1] and len(found[0]) > 2
 
 
+@pytest.mark.slow  # each of these with its formula: test_plain
 def test_everything_at_once(work, tmp_path) -> None:
     """KL in reward and loss, entropy, GSPO, overlong shaping, correction, two epochs, micro-batches
     by count: one step runs.

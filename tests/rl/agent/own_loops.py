@@ -42,3 +42,9 @@ async def compacting_or_breaking(row, generate, tools):
     if row["sample"] == 3:
         raise OSError("the notebook is away")
     return await compacting(row, generate, tools)
+
+
+async def asking_again(row, generate, tools):
+    """Two turns, what stands between them isn't the model's; samples are of several lengths."""
+    turn = await generate(row["prompt"], max_tokens=6 + 2 * row["sample"])
+    return await generate([*turn.ids, *generate.encode(" and so on")], max_tokens=8)
