@@ -40,6 +40,7 @@ SUMMED = (
     "tokens",
     "trained_tokens",
     "dropped_thoughts",
+    "open_thoughts",
     "masked_outputs",
     "undeclared_calls",
     "switched_off",
@@ -118,6 +119,7 @@ class DatasetReport:
     longest: int = 0  # tokens, before truncation
     # Trained turns without what the row says was thought (data.drop_reasoning)
     dropped_thoughts: int = 0
+    open_thoughts: int = 0  # trained turns that open a thought and don't close it
     # Of programs, in the middle of trained turns (data.multiturn.inline_outputs=mask)
     masked_outputs: int = 0
     highest_id: int = -1  # of any token; the model's embedding must have a row for it
@@ -138,6 +140,7 @@ class DatasetReport:
             "dropped as too long": self.dropped_long,
             "dropped without a trained token": self.dropped_untrained,
             "turns trained without their reasoning": self.dropped_thoughts,
+            "turns whose thought isn't closed (retool data audit names some)": self.open_thoughts,
             "outputs of programs in assistants' texts, not trained": self.masked_outputs,
             "assistant turns with loss_mask or weight 0, context only": self.switched_off,
             "calls to tools that their row doesn't declare": self.undeclared_calls,
@@ -196,6 +199,7 @@ def tokenise_chunk(
 
 def _count_row(report: DatasetReport, conversation: Conversation, renderer: Renderer) -> None:
     report.dropped_thoughts += renderer.dropped_thoughts(conversation)
+    report.open_thoughts += len(renderer.open_thoughts(conversation))
     report.masked_outputs += renderer.masked_outputs(conversation)
     report.undeclared_calls += sum(undeclared_calls(conversation).values())
     switches = [conversation.messages[i].get("loss_mask", 1) for i in conversation.assistant_turns]

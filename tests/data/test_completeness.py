@@ -185,6 +185,40 @@ def test_what_is_dropped_is_counted(tmp_path):
     )
 
 
+def test_a_thought_that_is_not_closed_is_counted_and_named(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    conversations = [
+        [said("user", "Q"), said("assistant", "<think>T</think>A <think>U")],
+        [said("user", "Q"), said("assistant", "T</think>A")],  # R1's prompt opens it
+        [said("user", "<think>"), said("assistant", "<think></think>A")],
+        [
+            said("user", "Q"),
+            said("assistant", "[THINK]T"),
+            said("user", "R"),
+            said("assistant", "B"),
+        ],
+        [
+            said("user", "Q"),
+            {**said("assistant", "<think>T"), "loss_mask": 0},
+            said("user", "R"),
+            said("assistant", "B"),
+        ],
+        *[[said("user", "Q"), said("assistant", "<thinking>T")]] * 2,
+    ]
+    rows.write_text("".join(json.dumps({"messages": one}) + "\n" for one in conversations))
+    made = renderer(WORDS)
+    found = audit(RowSource(str(rows)), made, num_workers=0)
+    assert not found.tally.refusals
+    note = dict(summary(found))["thoughts left open"]
+    assert note.startswith("4 turns open a thought and don't close it, and are trained so: ")
+    places = [f"rows.jsonl, row {row}, message 1" for row in (0, 3, 5)]
+    assert [place.split("/")[-1] for place in found.tally.open_places] == places
+    assert note.endswith("; …")
+    cache = tmp_path / "cache"
+    _, report = open_dataset(RowSource(str(rows)), made, num_workers=0, cache_dir=cache)
+    assert "4 turns whose thought isn't closed" in report.sentence()
+
+
 # -- calls
 # ------------------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from retool.data.tokenise import LengthLimit
 from retool.data.tokens.encoder import Piece
 
 KEPT_REFUSALS = 500
+PLACES_NAMED = 3
 LONGEST_REASON = 400  # characters
 
 
@@ -53,6 +54,7 @@ class Tally:
     control_text: int = 0  # rows in which somebody's text holds a control token, which stays text
     # Trained turns without what the row says was thought (data.drop_reasoning)
     dropped_thoughts: int = 0
+    open_thoughts: int = 0  # trained turns that open a thought and don't close it
     masked_outputs: int = 0
     empty_turns: int = 0  # assistant turns without text or call
     lengths: Counter[int] = field(default_factory=Counter)
@@ -67,6 +69,7 @@ class Tally:
     undeclared: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     refusals: list[str] = field(default_factory=list)
+    open_places: list[str] = field(default_factory=list)  # where some such turns are
     shown: list[Shown] = field(default_factory=list)
 
     def add(self, other: Tally, show: int) -> None:
@@ -77,6 +80,7 @@ class Tally:
             elif isinstance(value, Counter):
                 getattr(self, name).update(value)
         self.refusals += other.refusals[: KEPT_REFUSALS - len(self.refusals)]
+        self.open_places += other.open_places[: PLACES_NAMED - len(self.open_places)]
         self.shown = sorted([*self.shown, *other.shown], key=lambda sample: sample.key)[:show]
 
     def refuse(self, why: str) -> None:
@@ -164,8 +168,16 @@ def _count_row(
     tally.control_text += any(piece.quoted for parts in pieces for piece in parts)
     if not prompts:
         tally.dropped_thoughts += renderer.dropped_thoughts(conversation)
+        _count_open_thoughts(tally, conversation, renderer)
         tally.masked_outputs += renderer.masked_outputs(conversation)
     _count_messages(tally, conversation)
+
+
+def _count_open_thoughts(tally: Tally, conversation: Conversation, renderer: Renderer) -> None:
+    messages = renderer.open_thoughts(conversation)
+    tally.open_thoughts += len(messages)
+    for i in messages[: PLACES_NAMED - len(tally.open_places)]:
+        tally.open_places.append(f"{conversation.file}, row {conversation.row}, message {i}")
 
 
 def _count_messages(tally: Tally, conversation: Conversation) -> None:

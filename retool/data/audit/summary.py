@@ -82,6 +82,11 @@ def _notes(tally: Tally) -> list[tuple[str, str]]:
             "turns are trained without their reasoning (data.drop_reasoning)",
         ),
         (
+            "thoughts left open",
+            tally.open_thoughts,
+            f"turns open a thought and don't close it, and are trained so: {_places(tally)}",
+        ),
+        (
             "outputs amid turns",
             tally.masked_outputs,
             "outputs of programs are shown and not trained (data.multiturn.inline_outputs)",
@@ -98,6 +103,11 @@ def _notes(tally: Tally) -> list[tuple[str, str]]:
     if tally.undeclared:
         notes.append(("calls of undeclared tools", _sum_and_names(tally.undeclared)))
     return notes
+
+
+def _places(tally: Tally) -> str:
+    more = "; …" if tally.open_thoughts > len(tally.open_places) else ""
+    return printable("; ".join(tally.open_places)) + more
 
 
 def _longer(audit: Audit) -> str:

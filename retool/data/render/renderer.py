@@ -32,7 +32,7 @@ from retool.data.template.chat_template import ChatTemplate
 from retool.data.template.choose import shows_contents_as_they_are
 from retool.data.template.completeness import TemplateFault
 from retool.data.template.dates import asks_for_date, fix_date, today
-from retool.data.template.thoughts import TAG, thoughts
+from retool.data.template.thoughts import TAG, is_left_open, thoughts
 from retool.data.tokens.control_tokens import Controls, find_controls
 from retool.data.tokens.encoder import Encoder, Piece
 
@@ -175,6 +175,11 @@ class Renderer:
             return 0
         trained = [conversation.messages[i] for i in trained_messages(conversation)]
         return sum(bool(thoughts(message)) for message in trained)
+
+    def open_thoughts(self, conversation: Conversation) -> list[int]:
+        """The trained messages whose thought isn't closed."""
+        messages = conversation.messages
+        return [i for i in trained_messages(conversation) if is_left_open(messages[i])]
 
     def masked_outputs(self, conversation: Conversation) -> int:
         """How many outputs of programs amid trained turns `inline_outputs` leaves untrained."""

@@ -81,6 +81,16 @@ def thoughts(message: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
+def is_left_open(message: Mapping[str, Any]) -> bool:
+    """Whether the content opens a thought and doesn't close it: all that follows counts as thought,
+    the message's calls, too.
+    """
+    last = None
+    for tag in TAG.finditer(message.get("content") or ""):
+        last = tag
+    return last is not None and not _closes(last)
+
+
 def without_fields(message: Mapping[str, Any]) -> dict[str, Any]:
     """The message without its reasoning fields."""
     return {key: value for key, value in message.items() if key not in FIELDS}
