@@ -70,7 +70,7 @@ tool/failed_closes | Tools that didn't close | in a step | down
 tool/latency | Tool latency | seconds | down noisy
     From a call's start to its result, on average; waiting to start isn't in it.
 tool/queue_s | Tool queue | seconds | down noisy
-    How long a call waited before it could start, on average. More workers shorten it.
+    How long a call waited for the interpreter before it could start, on average. More cores or workers shorten it.
 reward/exceptions | Reward failures | in a step | down
     Answers whose reward function raised an error: they got reward_model.floor.
 reward/timeouts | Reward time-outs | in a step | down
@@ -186,9 +186,11 @@ filter/metric_mean | Mean before filtering | | up noisy
 filter/groups_kept | Questions for the next step | in a step | noisy
     Questions beyond what this batch took.
 timing_s/tools | Waiting for tools | seconds | down noisy
-    Seconds in which all answers waited for tools and the engine had no token to sample.
+    Of each second of sampling, the share of the answers under way that waited for tools instead of being sampled.
 timing_s/reward | Waiting for scores | seconds | down noisy
     Seconds in which the run waited for scores and the engine had no token to sample.
+timing_s/loop | Between the sampler's steps | seconds | down noisy
+    Seconds of sampling in which calls were read and answers tokenised; then the engine gets no new work.
 timing_s/step | Time of a step | seconds | down noisy
     Seconds of a step, without validation and saving.
 """

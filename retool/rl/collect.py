@@ -196,6 +196,7 @@ def sample(
         members = _sample_everywhere(run, prompts, n, sampling, step, spent)
     times["tools"] = times.get("tools", 0.0) + spent.tools
     times["reward"] = times.get("reward", 0.0) + spent.reward
+    times["loop"] = times.get("loop", 0.0) + spent.loop
     if members is None:
         return None
     if run.session.mesh.rank == 0:

@@ -162,7 +162,7 @@ def test_a_run_that_trained_nothing_ends_with_an_error_and_no_export(
 NAMES = """actor/{pg_loss,pg_clipfrac,pg_clipfrac_lower,ppo_kl,entropy,grad_norm,lr} critic/{score,rewards,advantages,returns}/{mean,max,min}
 {response_length,prompt_length}/{mean,max,min,clip_ratio} num_turns/{mean,max,min} tool/{calls,errors,timeouts,latency,queue_s}
 stop/{eos,no_call,done,max_turns,length,infrastructure,aborted} reward/{exceptions,timeouts,killed}
-timing_s/{gen,tools,reward,old_log_prob,adv,update_actor,sync_weights,step,testing,save_checkpoint}
+timing_s/{gen,tools,reward,loop,old_log_prob,adv,update_actor,sync_weights,step,testing,save_checkpoint}
 perf/{throughput,rollout_tokens_per_second,max_memory_allocated_gb} training/rollout_{logp,probs}_diff_{mean,max,std}
 training/rollout_actor_kl_k3""".split()  # and actor/kl_loss, timing_s/ref, filter/* and perf/mfu where there is such a thing
 

@@ -4,6 +4,7 @@
 const TIMED = ["timing_s/step", "timing_s/testing", "timing_s/save", "timing_s/save_checkpoint"];
 const PHASES = {
   gen: "sampling answers", tools: "waiting for tools", reward: "waiting for scores",
+  loop: "between the sampler's steps",
   old_log_prob: "log-probabilities before", ref: "reference's log-probabilities", adv: "advantages",
   update_actor: "update", sync_weights: "weights to the sampler",
   forward_backward: "forward and backward",
@@ -17,8 +18,8 @@ function phasesOf(run) {
   const given = (name, i) => run.metrics[name]?.[i] || 0;
   const rows = run.steps.map((_, i) => i).filter((i) => given("timing_s/step", i));
   if (!names.length || !rows.length) return null;
-  // Waiting for tools and scores is part of sampling: shown apart
-  const apart = (i) => given("timing_s/tools", i) + given("timing_s/reward", i);
+  // Parts of sampling: shown apart
+  const apart = (i) => given("timing_s/tools", i) + given("timing_s/reward", i) + given("timing_s/loop", i);
   const value = (name, i) => (name === "timing_s/gen" ? Math.max(0, given(name, i) - apart(i)) : given(name, i));
   const parts = names.map((key) => {
     const name = PHASES[key.slice(9)] || key.slice(9).replace(/_/g, " ");

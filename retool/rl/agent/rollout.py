@@ -101,13 +101,17 @@ class RolloutParts:
 
 @dataclass
 class RolloutTimes:
-    """Seconds of a rollout: in all, and of those waiting for tools or judges with nothing to
-    decode.
+    """Seconds of a rollout: in all, and parts of those.
+
+    `tools`: of each second, the share of the answers under way that waited for tools: all of it
+    where there was nothing to decode. `reward`: waiting for judges, with nothing to decode. `loop`:
+    between the engine's steps, when the episodes go on.
     """
 
     total: float = 0.0
     tools: float = 0.0
     reward: float = 0.0
+    loop: float = 0.0
 
 
 @dataclass
@@ -119,6 +123,14 @@ class _Underway:
     turns: Turns
     sampling: int = 0
     ended: list[asyncio.Task[Any]] = field(default_factory=list)
+
+    @property
+    def in_tools(self) -> float:
+        """Of the episodes that are still sampling, the share that the engine doesn't have."""
+        if not self.sampling:
+            return 0.0
+        # A loop of the user's may have several turns under way
+        return max(0.0, 1 - len(self.turns.waiting) / self.sampling)
 
     def end(self, task: asyncio.Task[Any]) -> None:
         self.ended.append(task)
@@ -165,9 +177,11 @@ async def _drive(
 ) -> None:
     """Engine steps until every episode is done; an episode's own error ends it all."""
     while episodes and not parts.stopped():
+        begin = time.perf_counter()
         await let_others_run()
+        times.loop += time.perf_counter() - begin
         if not parts.engine.idle():
-            underway.turns.step()
+            _step(underway, times)
         elif not underway.ended:
             await _wait(underway, times)
         # `result` raises what an episode raised: the engine's errors end the run here.
@@ -175,6 +189,14 @@ async def _drive(
             task.result()
         episodes -= len(underway.ended)
         underway.ended.clear()
+
+
+def _step(underway: _Underway, times: RolloutTimes) -> None:
+    """A step of the engine, which takes nearly as long for few rows: what tools hold is missing."""
+    in_tools = underway.in_tools
+    begin = time.perf_counter()
+    underway.turns.step()
+    times.tools += in_tools * (time.perf_counter() - begin)
 
 
 async def _wait(underway: _Underway, times: RolloutTimes) -> None:

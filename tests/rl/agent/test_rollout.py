@@ -200,6 +200,40 @@ def test_a_straggler_s_tool_holds_nobody_up(renderer_of) -> None:
     )
 
 
+class OneSlowTurn(PlayedBack):
+    """Prompt 1's turn takes four steps of 50 ms."""
+
+    def step(self):
+        if self.queue[0][0] == 1:
+            time.sleep(0.05)
+            self.steps += 1
+            if self.steps < 5:
+                return []
+        return super().step()
+
+
+class Blocking(Tool):
+    """Keeps everybody waiting before it begins."""
+
+    async def call(self, arguments):
+        time.sleep(0.05)
+        return await super().call(arguments)
+
+
+def test_tools_are_told_by_the_answers_they_hold_and_the_loop_apart(renderer_of) -> None:
+    renderer = renderer_of("hermes")
+    script = {0: [called("1"), "42"], 1: ["42"]}
+    parts, _ = parts_of(renderer, script, Blocking(0.35))
+    parts = replace(parts, engine=OneSlowTurn(renderer, script))
+    times = RolloutTimes()
+    asyncio.run(
+        roll_out(parts, [(prompt_of(renderer, i), 0) for i in (0, 1)], Sampling(), 0, times)
+    )
+    # Half of 0.2 s in which the engine has the other one, and 0.15 s in which it has none
+    assert 0.17 < times.tools < times.total - 0.05
+    assert 0.05 < times.loop < times.total - 0.3
+
+
 def test_waiting_for_judges_is_told_apart(renderer_of) -> None:
     parts, _ = parts_of(renderer_of("hermes"), {0: ["42"]}, judge=Judge(0.2))
     times = RolloutTimes()
