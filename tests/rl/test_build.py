@@ -1,0 +1,118 @@
+"""What each key of the configuration becomes in the parts of a run."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from retool.config import parse
+from retool.data.packing import Budget
+from retool.rl.agent.rollout import Overlong, Sampling
+from retool.rl.build import (
+    logprob_budget,
+    rollout_parts,
+    training_sampling,
+    update_budget,
+    validation_sampling,
+)
+from retool.rl.config import RLConfig
+from retool.rl.reward.protocol import Judged
+from retool.rl.train import one_update
+from tests.rl.test_config import ARR, REQUIRED
+
+
+def config_of(**values: object) -> RLConfig:
+    """`rollout__n=2` is `actor_rollout_ref.rollout.n=2`, and `data__seed=2` is `data.seed=2`."""
+    words = []
+    for name, value in values.items():
+        key = name.replace("__", ".")
+        of_policy = key.startswith(("rollout.", "actor.", "ref."))
+        words.append(f"{ARR if of_policy else ''}{key}={value}")
+    return parse(RLConfig, [*REQUIRED, *words])
+
+
+def test_training_and_validation_draw_as_they_are_told_and_from_streams_of_their_own() -> None:
+    drawn = {"rollout__temperature": 0.7, "rollout__top_p": 0.8, "rollout__top_k": 9}
+    checked = {"temperature": 0.3, "top_p": 0.6, "top_k": 5}
+    config = config_of(
+        trainer__seed=11,
+        **drawn,
+        **{f"rollout__val_kwargs__{name}": value for name, value in checked.items()},
+    )
+    assert training_sampling(config) == Sampling(0.7, 0.8, 9, seed=11, split=0)
+    assert validation_sampling(config) == Sampling(0.3, 0.6, 5, seed=11, split=1)
+    greedy = config_of(rollout__val_kwargs__do_sample=False)
+    assert validation_sampling(greedy).temperature == 0
+
+
+class _Judge:
+    seen = ()
+
+    async def score(self, asked: object) -> Judged:
+        raise AssertionError(asked)
+
+
+def test_the_agent_has_the_limits_of_the_run() -> None:
+    limits = {
+        "max_assistant_turns": 3,
+        "max_user_turns": 5,
+        "max_tool_response_length": 70,
+        "max_parallel_calls": 4,
+        "tool_timeout_seconds": 7.5,
+    }
+    config = config_of(
+        data__max_response_length=900,
+        rollout__multi_turn__tool_response_truncate_side="left",
+        reward_model__overlong_buffer__enable=True,
+        reward_model__overlong_buffer__len=80,
+        reward_model__overlong_buffer__penalty_factor=0.25,
+        **{f"rollout__multi_turn__{name}": value for name, value in limits.items()},
+    )
+    report = SimpleNamespace(
+        config=config,
+        renderer=object(),
+        calls=None,
+        tools=(),
+        folder=None,
+        environment=None,
+        loop=None,
+    )
+    session: Any = SimpleNamespace(report=report)
+    engine: Any = object()
+    judge: Any = _Judge()
+    parts = rollout_parts(session, engine, judge)
+    found = {name: getattr(parts.agent, name) for name in limits}
+    assert found == limits
+    assert (parts.agent.max_response_length, parts.agent.truncate_side) == (900, "left")
+    assert parts.overlong == Overlong(80, 0.25)
+
+
+def test_micro_batches_are_of_tokens_or_of_trajectories(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retool.rl.build.quadratic_length", lambda model: 33)
+    by_tokens = config_of(actor__ppo_max_token_len_per_gpu=500)
+    read_more = config_of(
+        actor__ppo_max_token_len_per_gpu=500, ref__log_prob_max_token_len_per_gpu=800
+    )
+    by_count = config_of(actor__use_dynamic_bsz=False, actor__ppo_micro_batch_size_per_gpu=2)
+    reports: list[Any] = [
+        SimpleNamespace(config=config, model=object())
+        for config in (by_tokens, read_more, by_count)
+    ]
+    assert [update_budget(report) for report in reports] == [
+        Budget(500, None, 33),
+        Budget(500, None, 33),
+        Budget(None, 2, 33),
+    ]
+    assert [logprob_budget(report).max_tokens_per_gpu for report in reports[:2]] == [500, 800]
+
+
+@pytest.mark.parametrize(
+    ("groups", "epochs", "wanted"), [(4, 1, True), (3, 1, True), (5, 1, False), (4, 2, False)]
+)
+def test_old_log_probabilities_are_the_present_ones_in_a_steps_only_update(
+    groups: int, epochs: int, wanted: bool
+) -> None:
+    config = config_of(actor__ppo_mini_batch_size=4, actor__ppo_epochs=epochs)
+    assert one_update(config, groups) is wanted
