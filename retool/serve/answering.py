@@ -43,6 +43,7 @@ async def _whole(engine: EngineThread, ticket: Ticket, asked: Question) -> web.R
     while ticket.open:
         await _next(ticket)
     found = await _looked_up(engine, ticket.answers)
+    asked.about.origin = ticket.origin
     return web.json_response(asked.form.whole(ticket.answers, found), dumps=as_json)
 
 
@@ -72,8 +73,8 @@ async def _stream(request: web.Request, ticket: Ticket, asked: Question) -> web.
         text = "".join(f"data: {as_json(event)}\n\n" for event in events)
         await response.write(text.encode())
 
-    await send(asked.form.first())
     sampled = 0
+    began = False
     open_answers = len(ticket.answers)
     while open_answers:
         try:
@@ -83,6 +84,11 @@ async def _stream(request: web.Request, ticket: Ticket, asked: Question) -> web.
             return response
         sampled += len(piece.ids)
         open_answers -= piece.answer is not None
+        asked.about.origin = piece.origin
+        if not began:
+            # Only now: before the first token it isn't known which weights answer
+            await send(asked.form.first())
+            began = True
         event = asked.form.grown(piece)
         if event is not None:
             await send([event])

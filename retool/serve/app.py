@@ -6,7 +6,8 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -23,6 +24,11 @@ from retool.serve.weights import Weights
 
 MOST_BODY_BYTES = 64 << 20
 LARGE_BODY_BYTES = 64 << 10
+MOST_READING_BYTES = 4 * MOST_BODY_BYTES  # of requests that aren't tokenised yet
+TOO_LARGE = (
+    f"the body has more than {MOST_BODY_BYTES >> 20} MiB, the most that a request may have: send its "
+    "prompts in several requests."
+)
 T = TypeVar("T")
 OPEN = ("/health", "/ping")  # for whoever watches over the server, without a key
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -38,6 +44,7 @@ class Site:
     chat: ChatOptions
     key: str | None
     stopping: bool = False
+    reading_bytes: int = 0
     began: float = field(default_factory=time.time)
 
     def app(self) -> web.Application:
@@ -76,6 +83,8 @@ class Site:
         except web.HTTPException as error:
             if error.status < 400:
                 raise
+            if error.status == 413:
+                return _refused(Refusal(413, TOO_LARGE))
             what = f"{request.method} {request.path}: {error.reason}."
             return _refused(Refusal(error.status, what))
 
@@ -90,31 +99,56 @@ class Site:
                 code="invalid_api_key",
             )
 
+    @contextmanager
+    def room_for(self, request: web.Request) -> Iterator[None]:
+        """Holds a place for a body while it is read and tokenised. Refusal (413) for one that is too
+        large by itself, (429) where it is so beside others.
+        """
+        size = request.content_length
+        if size is None or "Content-Encoding" in request.headers:
+            size = MOST_BODY_BYTES  # it may be as large
+        if size > MOST_BODY_BYTES:
+            raise Refusal(413, TOO_LARGE)
+        if size > LARGE_BODY_BYTES and self.reading_bytes + size > MOST_READING_BYTES:
+            raise Refusal(
+                429,
+                f"the large requests that are being read have {self.reading_bytes >> 20:,} MiB, and "
+                f"there is room for {MOST_READING_BYTES >> 20:,} MiB: ask again later.",
+                code="queue_full",
+            )
+        self.reading_bytes += size
+        try:
+            yield
+        finally:
+            self.reading_bytes -= size
+
     # ── answers
 
     @property
     def about(self) -> About:
         """What answers say of their origin."""
-        return About(self.model, self.weights.mark)
+        return About(self.model, self.engine.origin)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
-        body = await _body(request)
-        require_model(body, self.model)
-        asked = await _read(request, lambda: read_completion(body, self.engine.llm, self.about))
+        with self.room_for(request):
+            body = await _body(request)
+            require_model(body, self.model)
+            asked = await _read(request, lambda: read_completion(body, self.engine.llm, self.about))
         return await respond(request, self.engine, asked)
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
-        body = await _body(request)
-        require_model(body, self.model)
-        asked = await _read(
-            request, lambda: read_chat(body, self.engine.llm, self.about, self.chat)
-        )
+        with self.room_for(request):
+            body = await _body(request)
+            require_model(body, self.model)
+            asked = await _read(
+                request, lambda: read_chat(body, self.engine.llm, self.about, self.chat)
+            )
         return await respond(request, self.engine, asked)
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
-        body = await _body(request)
-        version = self.weights.version
-        asked = await _read(request, lambda: read_generate(body, self.engine.llm, version))
+        with self.room_for(request):
+            body = await _body(request)
+            asked = await _read(request, lambda: read_generate(body, self.engine.llm, self.about))
         return await respond(request, self.engine, asked)
 
     # ── weights

@@ -66,7 +66,7 @@ def read_chat(body: Any, llm: LLM, about: About, options: ChatOptions) -> Questi
         tuple(llm.tokenizer.all_special_tokens) if hides and tools else (),
     )
     form = ChatForm(request, reader, llm.tokenizer, about, with_ids, with_usage)
-    return Question([request], streams, form)
+    return Question([request], streams, form, about)
 
 
 def _request(

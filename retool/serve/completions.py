@@ -34,7 +34,7 @@ def read_completion(body: Any, llm: LLM, about: About) -> Question:
     fields.finish()
     requests = [llm.text_request(prompt, params) for prompt in prompts]
     form = CompletionForm(requests, llm.tokenizer, about, with_ids, with_usage)
-    return Question(requests, streams, form)
+    return Question(requests, streams, form, about)
 
 
 def read_stream_options(fields: Fields) -> bool:

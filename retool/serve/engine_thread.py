@@ -20,6 +20,7 @@ from retool.llm.llm import LLM
 from retool.llm.requests import Request
 from retool.llm.sampling import SamplingParams
 from retool.rl.agent.tools.on_thread import outcome_of, settle
+from retool.rl.server.dialects import mark_of
 from retool.serve.errors import Refusal
 
 T = TypeVar("T")
@@ -27,9 +28,17 @@ Command = Callable[[], None]
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Which weights sample: their `mark`, and the `version` that whoever brought them calls them."""
+
+    mark: str
+    version: str = "0"
+
+
+@dataclass(frozen=True)
 class Piece:
     """What an answer grew by: the ticket's answer `number`, the new `ids` with their `logp`, and all
-    of its `text` so far. `answer` is there when it is done.
+    of its `text` so far. `answer` is there when it is done. `origin`: what sampled it until now.
     """
 
     number: int
@@ -37,18 +46,29 @@ class Piece:
     logp: list[float]
     text: str
     answer: Answer | None
+    origin: Origin
 
 
 @dataclass(eq=False)
 class Ticket:
     """A request's answers while they are sampled. `streams`: pieces come as they grow, and not only
-    the last ones. None among the pieces: the engine failed.
+    the last ones. None among the pieces: the engine failed. `origins`: the weights that sampled, in
+    order; the thread's alone until all answers are done.
     """
 
     answers: list[Answer]
     streams: bool
     pieces: asyncio.Queue[Piece | None] = field(default_factory=asyncio.Queue)
     open: int = 0  # answers that aren't done
+    origins: list[Origin] = field(default_factory=list)
+
+    @property
+    def origin(self) -> Origin:
+        """What sampled it. Answers that went on with other weights name all of them."""
+        if len(self.origins) == 1:
+            return self.origins[0]
+        marks = "+".join(origin.mark for origin in self.origins)
+        return Origin(marks, "+".join(origin.version for origin in self.origins))
 
 
 @dataclass
@@ -71,6 +91,7 @@ class EngineThread:
 
     def __init__(self, llm: LLM, most: int, on_failure: Command) -> None:
         self.llm = llm
+        self.origin = Origin(mark_of(str(llm.folder)))  # changed on the thread alone
         self.most = most
         self.counts = Counts()
         self.tickets: set[Ticket] = set()
@@ -134,6 +155,17 @@ class EngineThread:
         self._commands.put(run)
         return await answer
 
+    async def load(self, load: Callable[[], Origin]) -> None:
+        """Have `load` bring other weights, which it says, between two steps."""
+
+        def run() -> None:
+            self.origin = load()
+            # Answers under way go on with them
+            for ticket in {ticket for ticket, _ in self._owners.values()}:
+                ticket.origins.append(self.origin)
+
+        await self.call(run)
+
     def require_alive(self) -> None:
         """Refusal (503) where the engine failed."""
         if self.failure is not None:
@@ -176,6 +208,7 @@ class EngineThread:
                 return
 
     def _start(self, ticket: Ticket) -> None:
+        ticket.origins.append(self.origin)
         for number, answer in enumerate(ticket.answers):
             self._owners[answer.key] = (ticket, number)
             group = answer.key[:2]  # samples of one prompt
@@ -204,7 +237,8 @@ class EngineThread:
             if done or ticket.streams:
                 ids = answer.ids[before:]
                 logp = answer.logp[before:]
-                piece = Piece(number, ids, logp, answer.text, answer if done else None)
+                whole = answer if done else None
+                piece = Piece(number, ids, logp, answer.text, whole, ticket.origin)
                 grown.append((ticket, piece))
         if grown:
             # All of a step's pieces in one call: waking the loop costs more than handing over.

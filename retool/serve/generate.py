@@ -13,12 +13,12 @@ from retool.llm.requests import Prompt, several
 from retool.llm.sampling import SamplingParams
 from retool.serve.engine_thread import Piece
 from retool.serve.fields import Fields, sampling_of
-from retool.serve.shape import Found, Question
+from retool.serve.shape import About, Found, Question
 
 MAX_TOKENS = 128  # SGLang's default
 
 
-def read_generate(body: Any, llm: LLM, weight_version: str) -> Question:
+def read_generate(body: Any, llm: LLM, about: About) -> Question:
     """The question in a request's body. Refusal (400) for what can't be answered."""
     fields = Fields(body)
     given = fields.raw("input_ids")
@@ -39,7 +39,7 @@ def read_generate(body: Any, llm: LLM, weight_version: str) -> Question:
     requests = [llm.text_request(one, params) for one in prompts]
     # `several` made a list of it; SGLang answers a prompt alone without one
     alone = prompts[0] is prompt and params.n == 1
-    return Question(requests, False, GenerateForm(alone, weight_version))
+    return Question(requests, False, GenerateForm(alone, about), about)
 
 
 def _params(fields: Fields, logprobs: int | None) -> SamplingParams:
@@ -55,7 +55,7 @@ class GenerateForm:
     """The form of `/generate`. `alone`: the answer isn't in a list."""
 
     alone: bool
-    weight_version: str
+    about: About
 
     def whole(self, answers: Sequence[Answer], found: Found) -> Any:
         """See `Form`."""
@@ -86,7 +86,7 @@ class GenerateForm:
             "finish_reason": reason,
             "prompt_tokens": len(answer.prompt),
             "completion_tokens": len(answer.ids),
-            "weight_version": self.weight_version,
+            "weight_version": self.about.origin.version,
         }
         if answer.params.logprobs is not None:
             pairs = zip(answer.logp, answer.ids, strict=True)

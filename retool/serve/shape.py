@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from retool.llm.answer import Answer
 from retool.llm.likeliest import Likeliest
 from retool.llm.requests import Request
-from retool.serve.engine_thread import Piece
+from retool.serve.engine_thread import Origin, Piece
 
 Found = Mapping[int, Sequence[Likeliest]]  # by an answer's number
 
@@ -36,21 +36,24 @@ class Form(Protocol):
         ...
 
 
+@dataclass
+class About:
+    """What answers say of where they come from: the model's name, and the weights that sampled them,
+    which are known once they have.
+    """
+
+    model: str
+    origin: Origin
+
+
 @dataclass(frozen=True)
 class Question:
-    """What was asked: prompts, whether the answer streams, and its form."""
+    """What was asked: prompts, whether the answer streams, its form, and what that says of itself."""
 
     requests: list[Request]
     streams: bool
     form: Form
-
-
-@dataclass(frozen=True)
-class About:
-    """What answers say of their origin: the model's name, and the mark of its weights."""
-
-    model: str
-    mark: str
+    about: About
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Envelope:
             "object": self.kind,
             "created": self.created,
             "model": self.about.model,
-            "system_fingerprint": self.about.mark,
+            "system_fingerprint": self.about.origin.mark,
             "choices": choices,
             **more,
         }

@@ -9,7 +9,7 @@ from typing import Any
 
 from retool.llm.folder import model_of
 from retool.rl.server.dialects import mark_of
-from retool.serve.engine_thread import EngineThread
+from retool.serve.engine_thread import EngineThread, Origin
 from retool.serve.errors import Refusal
 from retool.serve.fields import Fields
 
@@ -18,16 +18,11 @@ RELOAD = "reload_weights"  # vLLM's method for it
 
 @dataclass
 class Weights:
-    """Which weights are served. `may_change`: the server's owner allows it."""
+    """Brings other weights. `may_change`: the server's owner allows it."""
 
     engine: EngineThread
     may_change: bool
-    version: str = "0"
     changes: int = 0
-    mark: str = ""
-
-    def __post_init__(self) -> None:
-        self.mark = self.mark or mark_of(str(self.engine.llm.folder))
 
     async def from_disk(self, body: Any) -> dict[str, Any]:
         """SGLang's `/update_weights_from_disk`."""
@@ -70,9 +65,12 @@ class Weights:
             raise Refusal(400, f"{field} is missing: the folder of a model.", field)
         try:
             found = model_of(Path(folder))
-            await self.engine.call(partial(self.engine.llm.load, found))
+            await self.engine.load(partial(self._loaded, found, mark_of(folder), version))
         except (ValueError, OSError) as error:
             raise Refusal(400, str(error), field) from error
+
+    def _loaded(self, folder: Path, mark: str, version: str | None) -> Origin:
+        """On the engine's thread, where no answer can come between the weights and their name."""
+        self.engine.llm.load(folder)
         self.changes += 1
-        self.version = version or str(self.changes)
-        self.mark = mark_of(folder)
+        return Origin(mark, version or str(self.changes))

@@ -198,6 +198,7 @@ def wait_until(happened: Any) -> None:
         ("/v1/completions", {}, 400, "prompt is missing"),
         ("/v1/completions", {"prompt": "a", "model": "gpt"}, 404, "'gpt' isn't served here"),
         ("/v1/completions", {"prompt": "a", "temperature": "hot"}, 400, "must be a number"),
+        ("/v1/completions", {"prompt": "a", "temperature": 1e-7}, 400, "below 1e-06 use 0"),
         ("/v1/completions", {"prompt": "a", "temperature": -1}, 400, "temperature=-1.0"),
         ("/v1/completions", {"prompt": "a", "n": True}, 400, "n must be a whole number"),
         ("/v1/completions", {"prompt": "a", "max_token": 3}, 400, "did you mean max_tokens?"),
@@ -298,6 +299,33 @@ def test_a_long_text_keeps_nobody_waiting(server: Served, monkeypatch: pytest.Mo
         assert "read at last" in long.result(30).text
 
 
+def test_a_body_that_is_too_large_is_refused_with_the_limit(
+    server: Served, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {1 << 30}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=30) as asking:
+        asking.sendall(head.encode())  # and nothing of the body: it isn't waited for
+        said = asking.recv(4096).decode()
+    assert " 413 " in said.splitlines()[0]
+    assert "more than 64 MiB" in said
+
+    # One that doesn't say how large it is; and one that is too large beside others
+    monkeypatch.setattr(app, "MOST_BODY_BYTES", 1000)
+    with serving(llm) as small:
+        body = json.dumps({"prompt": "a" * 2000}).encode()
+        response = small.client.post("/generate", content=iter([body]))
+        assert response.status_code == 413
+        assert "64 MiB" in response.json()["error"]["message"]
+        monkeypatch.setattr(app, "LARGE_BODY_BYTES", 100)
+        monkeypatch.setattr(app, "MOST_READING_BYTES", 400)
+        response = small.post("/v1/completions", {"prompt": "a" * 500})
+        assert response.status_code == 429 and "Retry-After" in response.headers
+        response = small.post("/v1/completions", {"prompt": "a" * 200, **GREEDY})
+        assert response.status_code == 200
+        assert small.site.reading_bytes == 0
+
+
 def test_a_server_that_stops_takes_no_more(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.site, "stopping", True)
     response = server.post("/v1/completions", {"prompt": "a"})
@@ -314,6 +342,17 @@ def test_models_health_and_metrics(server: Served) -> None:
     values = dict(line.split() for line in lines if not line.startswith("#"))
     assert int(values["retool_requests_total"]) >= 1
     assert values["retool_answers_under_way"] == "0"
+
+
+def marks_of_a_stream(server: Served, reload: dict[str, Any]) -> list[str]:
+    """The weights that a stream's events name, while others are loaded in the middle of it."""
+    asked = {"prompt": TEXTS[0], "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with server.client.stream("POST", "/v1/completions", json=asked) as response:
+        lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
+        events = [json.loads(next(lines))]
+        assert httpx.post(server.url + "/collective_rpc", json=reload).status_code == 200
+        events += [json.loads(line) for line in lines if line != "[DONE]"]
+    return list(dict.fromkeys(event["system_fingerprint"] for event in events))
 
 
 def test_new_weights_and_who_may_bring_them(llm: LLM, folder: Path, tmp_path: Path) -> None:
@@ -337,6 +376,9 @@ def test_new_weights_and_who_may_bring_them(llm: LLM, folder: Path, tmp_path: Pa
         answer = open_server.post("/v1/completions", asked).json()
         assert answer["choices"][0]["text"] == old
         assert answer["system_fingerprint"] == mark_of(str(folder))
+        marks = marks_of_a_stream(open_server, rpc)
+        assert marks == [mark_of(str(folder)), f"{mark_of(str(folder))}+{mark_of(str(other))}"]
+        assert open_server.post("/update_weights_from_disk", back).status_code == 200
     with serving(llm, may_change=False) as closed_server:
         response = closed_server.post("/collective_rpc", rpc)
         assert response.status_code == 403
