@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from retool.engine.forward import Model, draw, hidden_states
 from retool.engine.kernels.draws import Draws
 from retool.engine.kernels.pages import Pages
 from retool.engine.schedule.batch import Batch
+from retool.parallel.capture import Pool, capture
 from retool.parallel.streams import start_copy_to_host
 
 
@@ -114,7 +114,7 @@ class Recordings:
 
     def __init__(self) -> None:
         self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self.pool: Any = None
+        self.pool: Pool | None = None
 
     def run(self, key: Hashable, step: Callable[[], None], state: Sequence[Tensor] = ()) -> None:
         """Replay what was recorded as `key`. `state`: tensors that the step changes."""
@@ -137,8 +137,8 @@ class Recordings:
                     tensor.copy_(value)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # NCCL's watchdog has a thread of its own
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        with capture(graph, self.pool):
             step()
-        self.pool = graph.pool()
         return graph

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from retool.checkpoint.hf.pretrained import load_pretrained
-from retool.engine import Engine, EngineOptions, SamplingParams, TurnDone
+from retool.engine import Engine, EngineOptions, SamplingParams, TurnDone, runner
 from retool.engine import engine as engine_module
 from retool.engine import worker as worker_module
 from retool.engine.chunks import Chunks
@@ -91,7 +91,7 @@ def in_cpu_clothes(patch: pytest.MonkeyPatch, graphs: bool) -> None:
         return lambda *words: now[-1].calls.append(lambda: step(*words)) if now else step(*words)
 
     @contextmanager
-    def recorder(graph: Recording, **_: object) -> Iterator[None]:
+    def recorder(graph: Recording, pool: object) -> Iterator[None]:
         now.append(graph)
         yield
         now.pop()
@@ -114,8 +114,9 @@ def in_cpu_clothes(patch: pytest.MonkeyPatch, graphs: bool) -> None:
         "stream": lambda _: nullcontext(),
         "current_stream": lambda: stream,
         "CUDAGraph": Recording,
-        "graph": recorder,
+        "graph_pool_handle": lambda: (0, 1),
     }
+    patch.setattr(runner, "capture", recorder)
     for name, fake in fakes.items():
         patch.setattr(torch.cuda, name, fake)
     for kind, made in ((DecodeLoop, shared), (Chunks, also)):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+from collections import Counter
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
 from retool.optim import AdamW, AdamWOptions
+from retool.parallel import capture
 from retool.parallel.fsdp import Sharded, shard
 from retool.parallel.fsdp.recording import ORDINARY_RUNS, Recordings
 from retool.parallel.mesh import make_mesh
@@ -18,33 +19,76 @@ from tests.parallel.streams import Stream, Streams, watched
 
 
 class Capture:
-    """`torch.cuda.graph`: an end that fails doesn't give the thread its stream back."""
+    """`torch.cuda.graph`: an end that fails doesn't give the thread its stream back, nor tell the
+    allocator.
+    """
 
     stream = Stream()
     others: tuple[Any, ...] = ()
     failing = False  # an operation that can't be recorded spoils the end, too
 
-    def __init__(self, *_: object, **__: object) -> None:
+    def __init__(self, *_: object, pool: tuple[int, int] = (1, 0), **__: object) -> None:
         self.before = Streams.now
+        self.pool = pool
 
     def __enter__(self) -> None:
         Capture.stream.wait_stream(self.before)
         Streams.now = Capture.stream
+        Allocator.pools[self.pool] += 1
 
     def __exit__(self, *_: object) -> None:
         # A recording runs nothing, so nothing need wait for it
         self.before.wait_stream(Capture.stream)
         known = Capture.stream.clock
         left = [x for x in Capture.others if known.get(x.number, 0) < x.clock[x.number]]
-        if left or Capture.failing:
+        spoilt = Capture.failing
+        Capture.failing = False
+        if left or spoilt:
             raise RuntimeError("the end of a recording: streams that aren't joined, or worse")
+        Allocator.pools[self.pool] -= 1
         Streams.now = self.before
 
 
+class Graph:
+    """`torch.cuda.CUDAGraph`."""
+
+    def __init__(self) -> None:
+        self.is_reset = False
+
+    def replay(self) -> None:
+        """What was recorded, which was nothing."""
+
+    def reset(self) -> None:
+        self.is_reset = True
+
+
+class Allocator:
+    """How often torch's allocator was told that a recording begins, and that it ends."""
+
+    pools: ClassVar[Counter[tuple[int, int]]] = Counter()
+    released = 0
+
+    @staticmethod
+    def end(_: int, pool: tuple[int, int]) -> None:
+        if not Allocator.pools[pool]:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        Allocator.pools[pool] -= 1
+
+    @staticmethod
+    def release(_: int, pool: tuple[int, int]) -> None:
+        Allocator.released += 1
+
+
 def one_process(patch: pytest.MonkeyPatch) -> Sharded:
-    graph = SimpleNamespace(pool=lambda: None, replay=lambda: None)
     patch.setattr(torch.cuda, "graph", Capture)
-    patch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    patch.setattr(torch.cuda, "CUDAGraph", Graph)
+    patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    patch.setattr(torch.cuda, "current_device", lambda: 0)
+    patch.setattr(torch._C, "_cuda_endAllocateToPool", Allocator.end, raising=False)
+    patch.setattr(torch._C, "_cuda_releasePool", Allocator.release, raising=False)
+    patch.setattr(Allocator, "pools", Counter())
+    patch.setattr(Allocator, "released", 0)
+    patch.setattr(capture, "BROKEN", [])
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     module = torch.nn.Linear(2, 2)
     model = shard(module, [("all", [module])], make_mesh())
@@ -58,7 +102,6 @@ def test_a_recording_that_breaks_off_leaves_nothing_behind(
 ) -> None:
     with watched():
         model = one_process(monkeypatch)
-        monkeypatch.setattr(Capture, "failing", False)
         recordings = Recordings(model)
         x = torch.ones(1, 2, dtype=model.param_dtype)
         before = Streams.now
@@ -73,19 +116,23 @@ def test_a_recording_that_breaks_off_leaves_nothing_behind(
                 with OnStream(stream):
                     torch.zeros(1)
             if Streams.now is Capture.stream:
+                Capture.failing = failing
                 raise RuntimeError("out of memory")
             return work()
 
         for _ in range(ORDINARY_RUNS + 1):
             recordings.run("one", work)
         assert recordings.made
-        monkeypatch.setattr(Capture, "failing", failing)
         for _ in range(ORDINARY_RUNS):
             recordings.run("another", broken)
         with pytest.warns(UserWarning, match=r"aren't recorded here.*: out of memory$"):
             recordings.run("another", broken)
         assert Streams.now is before, "the thread's stream"
         assert not recordings.made, "memory that nothing uses any more"
+        assert not +Allocator.pools, "no recording is under way"
+        assert Allocator.released == failing, "the pool's share of the one that wasn't ended"
+        graph: Any = capture.BROKEN[0]
+        assert graph.is_reset
         # And the run goes on
         recordings.run("one", work)
         AdamW(model, AdamWOptions()).step(1e-3)

@@ -17,10 +17,10 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from retool.parallel.capture import Pool, capture
 from retool.parallel.fsdp.sharded import Sharded
 from retool.parallel.streams import OnStream, current_stream
 
@@ -133,17 +133,14 @@ class Graphs:
     """CUDA graphs. What one of them needs while it runs is taken from `pool`, by all in turn."""
 
     def __init__(self) -> None:
-        self.pool: Any = None
+        self.pool: Pool | None = None
 
     def record(self, work: Work, model: Sharded) -> Work:
         graph = torch.cuda.CUDAGraph()
         overlap = model.overlap
-        # NCCL's watchdog and autograd have threads of their own. A recording that can't be ended would
-        # leave the thread on the stream that it was made on.
-        with (
-            OnStream(current_stream()),
-            torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
-        ):
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        with capture(graph, self.pool):
             overlap.follow_new_weights()
             try:
                 result = work()
@@ -152,7 +149,6 @@ class Graphs:
                 # Also where an error ends it: streams that haven't come back can't be ended
                 for stream in (overlap.gather_stream, overlap.reduce_stream):
                     come_back(stream)
-        self.pool = graph.pool()
 
         def replay() -> torch.Tensor:
             graph.replay()
