@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -57,7 +57,8 @@ def reward_metrics(judged: Sequence[Scored]) -> dict[str, float]:
     values: dict[str, list[float]] = {}
     for member in judged:
         for key, value in member.info.items():
-            if key.startswith(REWARD_OF):
+            # A reward function may tell a text under such a name
+            if key.startswith(REWARD_OF) and isinstance(value, (int, float)):
                 values.setdefault(key, []).append(float(value))
     metrics = {}
     for name, given in values.items():
@@ -148,10 +149,10 @@ def judge_metrics(members: Sequence[Scored]) -> dict[str, float]:
     """llm_judge/{calls,retries,garbage,cached,tokens,over_budget}: sums of what judging took, in
     lost samples too; nothing without such a judge.
     """
-    sums = Counter[str]()
+    sums = defaultdict[str, float](float)
     for member in members:
         for key, value in member.info.items():
-            if key.startswith(COUNTED):
+            if key.startswith(COUNTED) and isinstance(value, (int, float)):
                 sums[key] += value
     if not sums:
         return {}

@@ -186,6 +186,8 @@ def test_a_run_is_what_a_plain_program_computes(work, tmp_path, monkeypatch) -> 
     collect = train.collect
     monkeypatch.setattr(train, "collect", observed)
     assert main(words(work, tmp_path, *OPTIONS)) == 0
+    asked = [[group.prompt.index for group in groups] for groups, _ in taken]
+    assert asked == [[0, 1, 2, 3], [4, 5, 6, 7]]  # places in the stream: each is trained once
     for groups, asked_before in taken:
         plain.train(groups, asked_before)
     entries = steps(tmp_path)
@@ -195,6 +197,7 @@ def test_a_run_is_what_a_plain_program_computes(work, tmp_path, monkeypatch) -> 
         assert entry["critic/rewards/mean"] == pytest.approx(told["reward"], rel=1e-3)
         at_work = ("actor/pg_clipfrac", "actor/pg_clipfrac_lower", "rollout_correction/cut")
         assert all(0 < entry[name] < 1 for name in at_work)
+        assert 0 < entry["training/rollout_logp_diff_mean"] < 1e-5  # of those just sampled
     assert [entry["filter/groups_reused"] for entry in entries] == [0, 2]
     before = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float64).state_dict()
     after = plain.policy.state_dict()

@@ -18,8 +18,11 @@ from typing import Any
 
 from retool.rl.reward.calling import Asked, RewardFunction
 from retool.rl.reward.foreign import plain
+from retool.rl.types import FAILURE, TOOL_FAILURE
 
 MAX_CHARACTERS = 10_000  # of a text that a reward function tells; the rest is cut
+# What stands under these names says that an answer couldn't be judged
+OURS = (FAILURE, TOOL_FAILURE)
 
 
 def score_answer(function: RewardFunction, asked: Asked) -> tuple[float, dict[str, Any]]:
@@ -70,12 +73,13 @@ def check_score(result: Any) -> tuple[float, dict[str, Any]]:
 
 
 def _told_beside_score(result: Mapping[Any, Any]) -> dict[str, Any]:
-    """The numbers and texts in it; anything else is left out."""
+    """The numbers and texts in it; anything else is left out. A name of ours gets a `_` at its end."""
     told = {}
     for key, value in result.items():
         plain = _plain(value)
         if plain is not None and key != "score":
-            told[str(key)] = plain
+            name = str(key)
+            told[f"{name}_" if name in OURS else name] = plain
     return told
 
 

@@ -24,6 +24,7 @@ import torch
 from retool.parallel.mesh import make_mesh
 from retool.rl.build import require_judges
 from retool.rl.config import RewardConfig
+from retool.rl.metrics import judge_metrics, score_metrics
 from retool.rl.preflight.trial import try_reward
 from retool.rl.reward import pool as reward_pool
 from retool.rl.reward import protocol
@@ -41,7 +42,7 @@ from retool.rl.reward.pool import RewardPool
 from retool.rl.reward.protocol import JUDGES_LOST
 from retool.rl.reward.score import check_score, score_answer
 from retool.rl.reward.source import RewardSource, find_reward
-from retool.rl.types import Stop
+from retool.rl.types import Scored, Stop
 from tests.ranks import run_ranks
 from tests.rl.conftest import judged_by, make_prompt, make_trajectory
 
@@ -467,3 +468,18 @@ def test_a_score_may_be_a_number_of_anybody_s() -> None:
     for value in (None, "1", [1.0], 10**400, torch.ones(2), float("nan"), {"acc": 1.0}):
         with pytest.raises(ValueError, match="the reward function returned "):
             check_score(value)
+
+
+def test_what_a_function_tells_under_a_name_of_ours_is_no_failure_and_breaks_nothing() -> None:
+    ours = {
+        "failure": "wrong form",
+        "tool_failure": 0,
+        "rewards/form": "bad",
+        "llm_judge/calls": "?",
+    }
+    score, info = check_score({"score": 0.75, **ours, "rewards/length": 2})
+    assert info["failure_"] == "wrong form" and info["tool_failure_"] == 0
+    member = Scored(make_trajectory(), score, score, info)
+    assert member.accuracy == 0.75
+    metrics = score_metrics([member]) | judge_metrics([member])
+    assert metrics["rewards/length/mean"] == 2 and "rewards/form/mean" not in metrics
