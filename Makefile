@@ -10,10 +10,12 @@ PIP       := $(PYTHON) -m pip install --quiet --disable-pip-version-check $(if $
 # Three for two cores: many tests wait for a process, a sandbox or a clock, and leave their core to others.
 # One that dies ends the run: xdist would start another and may wait for ever (its files have nobody left).
 WORKERS   ?= 3
-# Tests of one GPU run on each GPU at once, three of them on each: most of their time is compiling, which takes a core
-# and no GPU. Those that need several GPUs, or one for themselves, run afterwards.
+# Tests of GPUs run at once, three for each GPU: most of their time is compiling, which takes a core and no GPU. Those
+# that fill a GPU's memory, or measure how fast GPUs are, run afterwards.
 GPUS      ?= $(shell nvidia-smi -L 2>/dev/null | wc -l)
 GPU_TESTS ?= $(shell expr 3 \* $(GPUS))
+# Where the tests of a GPU are: importing all the others takes each process ten seconds
+GPU_FILES  = $(sort $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests))
 BENCH     ?=
 
 # Compiled modules are kept, whatever the shell says: else each worker compiles all tests anew, and each new interpreter retool.
@@ -65,8 +67,8 @@ test-slow: $(VENV)/.installed-dev
 	$(PYTHON) -m pytest -q -m 'slow and not gpu' --timeout 1800 $(ARGS)
 
 test-gpu: $(VENV)/.installed-dev
-	TEST_GPUS=$(GPUS) $(PYTHON) -m pytest -q -m 'gpu and not alone' --timeout 600 -n $(GPU_TESTS) --dist loadfile --max-worker-restart 0 $(ARGS)
-	$(PYTHON) -m pytest -q -m 'gpu and alone' --timeout 600 $(ARGS)
+	TEST_GPUS=$(GPUS) $(PYTHON) -m pytest -v -m 'gpu and not alone' --timeout 600 -n $(GPU_TESTS) --dist loadscope --no-loadscope-reorder --max-worker-restart 0 $(or $(ARGS),$(GPU_FILES))
+	$(PYTHON) -m pytest -v -m 'gpu and alone' --timeout 600 $(or $(ARGS),$(GPU_FILES))
 
 lint: $(VENV)/.installed-dev
 	$(PYTHON) -m ruff check .

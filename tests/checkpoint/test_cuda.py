@@ -56,7 +56,7 @@ def _round_trip(root: str) -> list[float]:
     return expected
 
 
-@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.alone)])
+@pytest.mark.parametrize("world", [1, 2])
 def test_round_trip(tmp_path: Path, world: int) -> None:
     need_gpus(world)
     states.source_model(tmp_path / "source")

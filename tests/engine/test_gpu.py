@@ -279,7 +279,7 @@ def two_ranks() -> Any:
     return [t.tokens for t in turns]
 
 
-@pytest.mark.alone
+@pytest.mark.first
 def test_heads_split_over_two_gpus_with_graphs() -> None:
     need_gpus(2)
     found = run_ranks(two_ranks, 2)[0]

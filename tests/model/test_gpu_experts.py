@@ -180,7 +180,7 @@ def trained_each(folder: str, device: str, ep: int) -> list[list[float]]:
     ]
 
 
-@pytest.mark.alone
+@pytest.mark.first
 def test_two_gpus_that_divide_experts_train_as_two_cpus_that_do_not(folder: Path) -> None:
     need_gpus(2)
     (here, _) = run_ranks(trained_each, 2, str(folder), DEVICE, 2)

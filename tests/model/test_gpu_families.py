@@ -201,6 +201,7 @@ def test_logits_and_gradients_equal_transformers_on_the_cpu(tmp_path: Path, case
 
 
 # Compiling takes seconds each: those two have most that Llama's layer hasn't
+@pytest.mark.first
 @pytest.mark.parametrize(
     "family",
     [

@@ -1,14 +1,15 @@
 """Sharding and sequence parallelism on CUDA: streams, shared buffers, compiled blocks and
 recomputation give the CPU's numbers.
 
-All cases of so many GPUs run in the same processes: they connect once, and what one has compiled
-the next ones find in the compiler's cache.
+All cases of so many GPUs and so wide numbers run in the same processes: they connect once, and what
+one has compiled the next ones use, where their blocks compute the same.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,11 @@ class Case:
     strict: bool = False
     shards: int = -1
     each_to_each: bool = False
+
+    @property
+    def group(self) -> tuple[int, bool]:
+        """The same of cases that share their processes."""
+        return self.gpus, self.dtype is torch.float32
 
     def __str__(self) -> str:
         said = [f"{self.gpus} gpus", f"sp {self.sp}", "tied" if self.tied else "untied"]
@@ -121,10 +127,9 @@ def draw_pack(rng: np.random.Generator) -> PackedBatch:
 
 
 def train_each(cases: list[Case]) -> list[dict[str, Any]]:
-    """In a rank: one case after the other, each as if it were alone."""
+    """In a rank: one case after the other, as several models of one process."""
     found = []
     for case in cases:
-        torch._dynamo.reset()
         with pytest.MonkeyPatch.context() as patch:
             if case.optimizer_offload:
                 # so small that all three slots are used, and again
@@ -146,7 +151,7 @@ Trained = Callable[[Case], list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def trained(request: pytest.FixtureRequest) -> Trained:
-    """A case's results by rank; the first question trains all of this run's cases of its GPUs."""
+    """A case's results by rank; the first question trains all of this run's cases of its group."""
     chosen = {
         id(item.callspec.params["case"])
         for item in request.session.items
@@ -156,12 +161,12 @@ def trained(request: pytest.FixtureRequest) -> Trained:
     }
 
     @functools.cache
-    def on(gpus: int) -> dict[int, list[dict[str, Any]]]:
-        cases = [c for c in (*FP32_CASES, *NARROW_CASES) if c.gpus == gpus and id(c) in chosen]
-        ranks = run_ranks(train_each, gpus, cases, timeout=280)
+    def of(group: tuple[int, bool]) -> dict[int, list[dict[str, Any]]]:
+        cases = [c for c in (*FP32_CASES, *NARROW_CASES) if c.group == group and id(c) in chosen]
+        ranks = run_ranks(train_each, cases[0].gpus, cases, timeout=280)
         return {id(case): [rank[i] for rank in ranks] for i, case in enumerate(cases)}
 
-    return lambda case: on(case.gpus)[id(case)]
+    return lambda case: of(case.group)[id(case)]
 
 
 def joined(results: list[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -174,14 +179,14 @@ def joined(results: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     }
 
 
+Expected = dict[bool, Future[dict[str, Any]]]
+
+
 @pytest.fixture(scope="module")
-def expected() -> dict[bool, dict[str, Any]]:
-    return {tied: train("cpu", Case(1, 1, tied)) for tied in (True, False)}
-
-
-def marked(cases: list[Case]) -> list[Any]:
-    """Those of one GPU run beside other files' tests; those of several, afterwards."""
-    return [pytest.param(c, marks=[pytest.mark.alone] * (c.gpus > 1), id=str(c)) for c in cases]
+def expected() -> Iterator[Expected]:
+    """What the CPU trains, by whether the head is tied; it does so while the GPUs do."""
+    with ThreadPoolExecutor(1) as pool:
+        yield {tied: pool.submit(train, "cpu", Case(1, 1, tied)) for tied in (True, False)}
 
 
 # Every way in which a gathered buffer is refilled under autograd.
@@ -201,13 +206,12 @@ FP32_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", marked(FP32_CASES))
-def test_fp32_on_gpus_trains_as_the_cpu(
-    expected: dict[bool, dict[str, Any]], trained: Trained, case: Case
-) -> None:
+@pytest.mark.first
+@pytest.mark.parametrize("case", FP32_CASES, ids=str)
+def test_fp32_on_gpus_trains_as_the_cpu(expected: Expected, trained: Trained, case: Case) -> None:
     need_gpus(case.gpus)
     results = trained(case)
-    want = expected[case.tied]
+    want = expected[case.tied].result()
     for result in results:
         np.testing.assert_allclose(result["losses"], want["losses"], rtol=2e-5)
         np.testing.assert_allclose(result["norms"], want["norms"], rtol=2e-4)
@@ -232,15 +236,17 @@ NARROW_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", marked(NARROW_CASES))
+@pytest.mark.first
+@pytest.mark.parametrize("case", NARROW_CASES, ids=str)
 def test_narrow_dtypes_on_gpus_train_like_fp32_and_never_wait(
-    expected: dict[bool, dict[str, Any]], trained: Trained, case: Case
+    expected: Expected, trained: Trained, case: Case
 ) -> None:
     """The last step runs with every host synchronisation an error."""
     need_gpus(case.gpus)
-    results = trained(case)
-    np.testing.assert_allclose(results[0]["losses"], expected[True]["losses"], rtol=2e-3)
-    np.testing.assert_allclose(results[0]["norms"], expected[True]["norms"], rtol=3e-2)
+    found = trained(case)[0]
+    want = expected[True].result()
+    np.testing.assert_allclose(found["losses"], want["losses"], rtol=2e-3)
+    np.testing.assert_allclose(found["norms"], want["norms"], rtol=3e-2)
 
 
 def measured(layers: int, width: int, rows: int) -> tuple[int, int, int]:
@@ -262,7 +268,6 @@ def measured(layers: int, width: int, rows: int) -> tuple[int, int, int]:
     return sharded, torch.cuda.max_memory_allocated() - before, model.planned_bytes()
 
 
-@pytest.mark.alone
 def test_peak_is_the_formula() -> None:
     """That of tests/parallel/test_sharded_memory.py, by CUDA's allocator, and what cuBLAS wants: the sum's
     gradient is one number for all of its places, and is written out for the last unit's products.

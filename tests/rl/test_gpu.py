@@ -13,6 +13,7 @@ from tests.rl.test_command import ARR, words
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.first
 @pytest.mark.parametrize("free", ["true", "false", "auto"])
 def test_two_steps(work, tmp_path, free) -> None:
     more = [

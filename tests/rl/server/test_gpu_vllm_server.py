@@ -37,6 +37,7 @@ from tests.rl.test_gpu_vllm import LEAST_EQUAL, MOST_GAP, equal_share, write_mod
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.alone,  # tests that run at once would start a server each
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM"),
 ]
 START_SECONDS = 150
