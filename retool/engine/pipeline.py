@@ -10,11 +10,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+
 from retool.engine.runner import Flight
 from retool.engine.schedule.ahead import plan_ahead
 from retool.engine.schedule.batch import make_batch, make_change
 from retool.engine.schedule.scheduler import Scheduler
-from retool.engine.schedule.sequence import Sequence, Step
+from retool.engine.schedule.sequence import RUNNING, Sequence, Step
 from retool.engine.types import EngineOptions, TurnDone
 from retool.engine.worker import Kind, Worker, round_up
 
@@ -116,11 +118,11 @@ class Pipeline:
         is to be done first.
         """
         in_loop = flying.loop.rows if flying.loop else []
-        over = [n for n, row in enumerate(in_loop) if row is not None and not row.is_running]
+        over = [n for n, row in enumerate(in_loop) if row is not None and row.state is not RUNNING]
         # Whoever isn't running any more is taken out now: it may run again before its draw, which was
         # in vain, is read
         for part in flying.parts():
-            part.rows[:] = [s if s is not None and s.is_running else None for s in part.rows]
+            part.rows[:] = [s if s is not None and s.state is RUNNING else None for s in part.rows]
         # Its rows aren't in the loop's tensors: a new plan puts them there
         if flying.other is not None:
             return None
@@ -144,14 +146,16 @@ class Pipeline:
         if part.flight is None:
             return []
         done = []
-        draws = part.flight.read().tolist()
-        # A recorded step may have more rows
+        accept = self.scheduler.accept
+        ids, *logps = part.flight.read()
+        draws = ids.astype(np.int64), *logps
+        # A recorded step may have more rows. Of hundreds in each step, every look at one counts
         for row, length, token, logp, behaviour in zip(
-            part.rows, part.lengths, *draws, strict=False
+            part.rows, part.lengths, *(values.tolist() for values in draws), strict=False
         ):
             # Whose tokens are other ones by now was drawn for in vain
-            if row is not None and row.is_running and len(row.tokens) == length:
-                turn = self.scheduler.accept(row, int(token), logp, behaviour)
+            if row is not None and row.state is RUNNING and len(row.tokens) == length:
+                turn = accept(row, token, logp, behaviour)
                 if turn is not None:
                     done.append(self._with_experts(turn, row))
         return done

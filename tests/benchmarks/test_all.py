@@ -39,6 +39,7 @@ ALONE = {  # one process; arguments → rows
         1,
     ),
     "rollout": ("--shape tiny --sequences 4 --prompt 12 --new 6 --repeats 1 --group 2 --peers=", 1),
+    "rollout_host": ("--sequences 4 --prompt 16 --calls 1 --tokens 20 --repeats 1 --rate 0,100", 2),
     "sandbox": ("--seconds 0.05 --callers 1 --calls 0", 6),
     "sft": ("--shape tiny --scale 1024 --repeats 1 --rows full,padded", 2),
     "traffic": ("--models qwen2.5-0.5b --gpus 16 --gbit 400", 3),

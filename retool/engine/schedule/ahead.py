@@ -16,7 +16,6 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-from retool.engine.schedule.pages import PagePool
 from retool.engine.schedule.scheduler import Scheduler
 from retool.engine.schedule.sequence import Item, Sequence, StepAhead
 
@@ -69,7 +68,12 @@ def find_candidates(
     scheduler: Scheduler, rows: list[Sequence | None], drawn: list[Sequence | None]
 ) -> Candidates:
     decoding = [s for s in rows if s is not None]
-    in_rows = {id(s) for s in decoding}
+    joining = [(source, s) for source, s in enumerate(drawn) if s is not None]
+    prefilling: list[Sequence] = []
+    # Else all who run are in a row, or about to join
+    if len(scheduler.running) > len(decoding) + len(joining):
+        in_rows = {id(s) for s in decoding}
+        prefilling = [s for s in scheduler.running if s.pending > 0 and id(s) not in in_rows]
     newcomers = 0
     if scheduler.may_admit:
         places = scheduler.max_num_seqs - len(scheduler.running)
@@ -77,8 +81,8 @@ def find_candidates(
     return Candidates(
         rows,
         decoding,
-        joining=[(source, s) for source, s in enumerate(drawn) if s is not None],
-        prefilling=[s for s in scheduler.running if s.pending > 0 and id(s) not in in_rows],
+        joining=joining,
+        prefilling=prefilling,
         newcomers=newcomers,
     )
 
@@ -114,18 +118,14 @@ def decide(scheduler: Scheduler, candidates: Candidates, apart: bool) -> Decisio
 def _all_have_room(scheduler: Scheduler, candidates: Candidates, active: list[Sequence]) -> bool:
     """Whether all who decode may have a token more, and there are pages for everyone."""
     pool = scheduler.pool
-    if any(s.computed >= scheduler.max_length for s in active):
+    if max(s.computed for s in active) >= scheduler.max_length:
         return False
     if any(pool.missing(s.pages, s.computed, len(s.tokens)) for s in candidates.prefilling):
         return False
-    needed = sum(_is_at_page_end(pool, s) for s in candidates.decoding)
+    # A sequence at the end of its last page needs another for its next token
+    needed = sum(len(s.pages) * pool.page_size == s.computed for s in candidates.decoding)
     needed += sum(pool.missing(s.pages, s.computed, s.computed + 1) for _, s in candidates.joining)
     return needed <= len(pool.free)
-
-
-def _is_at_page_end(pool: PagePool, sequence: Sequence) -> bool:
-    """Whether a sequence that decodes needs another page for its next token."""
-    return len(sequence.pages) * pool.page_size == sequence.computed
 
 
 def _chunks_fill_a_step(scheduler: Scheduler, candidates: Candidates) -> bool:
@@ -168,10 +168,11 @@ def book(scheduler: Scheduler, candidates: Candidates, decision: Decision) -> St
 def _advance_rows(scheduler: Scheduler, step: StepAhead) -> None:
     """A token more for everyone in a row, on a new page where the last one is full."""
     pool = scheduler.pool
+    page_size = pool.page_size
     for slot, s in enumerate(step.rows):
         if s is None:
             continue
-        if _is_at_page_end(pool, s):
+        if len(s.pages) * page_size == s.computed:
             pool.extend(s.pages, s.computed, s.computed + 1)
             step.added.append((slot, len(s.pages) - 1, s.pages[-1]))
         assert pool.counts[s.pages[-1]] == 1, "a row's last page is another's, too"

@@ -266,11 +266,8 @@ class Scheduler:
         self, sequence: Sequence, token: int, logp: float, logp_behaviour: float
     ) -> TurnDone | None:
         """Append a drawn token; the finished turn, if it was its last."""
-        sequence.tokens.append(token)
-        sequence.logp.append(logp)
-        sequence.logp_behaviour.append(logp_behaviour)
         self.stats.sampled_tokens += 1
-        reason = sequence.reason_to_end(self.max_length)
+        reason = sequence.append(token, logp, logp_behaviour, self.max_length)
         if reason is None:
             return None
         self.running.remove(sequence)

@@ -20,6 +20,10 @@ class State(Enum):
     DROPPED = "dropped"
 
 
+# An enum's own attribute takes Python long, and this one is asked for by each row in each step
+RUNNING = State.RUNNING
+
+
 @dataclass(eq=False)
 class Group:
     """Samples of one prompt, of which `live` aren't dropped yet.
@@ -74,18 +78,24 @@ class Sequence:
 
     @property
     def is_running(self) -> bool:
-        return self.state is State.RUNNING
+        return self.state is RUNNING
 
     @property
     def draws_last(self) -> bool:
         """Whether the draw that follows what is computed is the turn's last one at any rate."""
         return self.computed - self.turn_start >= self.params.max_tokens - 1
 
-    def reason_to_end(self, max_length: int) -> Reason | None:
-        """Why the turn is over with its last token; None if it goes on."""
-        if self.tokens[-1] in self.params.stop_ids:
+    def append(
+        self, token: int, logp: float, logp_behaviour: float, max_length: int
+    ) -> Reason | None:
+        """Add a drawn token: why the turn is over with it, or None if it goes on."""
+        self.tokens.append(token)
+        self.logp.append(logp)
+        self.logp_behaviour.append(logp_behaviour)
+        params = self.params
+        if token in params.stop_ids:
             return "stop"
-        if len(self.logp) >= self.params.max_tokens:
+        if len(self.logp) >= params.max_tokens:
             return "length"
         return "capacity" if len(self.tokens) > max_length else None
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -147,7 +146,7 @@ async def roll_out(
     """A scored trajectory for each (prompt, sample), in order. None when `parts.stopped` said so in
     between: then nothing is left running and the engine is empty.
     """
-    begin = time.perf_counter()
+    begin = _now()
     underway = _Underway(Turns(parts.engine))
     times = times or RolloutTimes()
     # All episodes at once, however many: the engine has the queue, and admits what fits its cache.
@@ -169,7 +168,12 @@ async def roll_out(
         # Cancelled isn't ended: tools still close what they keep, and the engine is left only when
         # they have.
         await asyncio.gather(*tasks, return_exceptions=True)
-        times.total += time.perf_counter() - begin
+        times.total += _now() - begin
+
+
+def _now() -> float:
+    """Seconds on the event loop's clock."""
+    return asyncio.get_running_loop().time()
 
 
 async def _drive(
@@ -177,9 +181,9 @@ async def _drive(
 ) -> None:
     """Engine steps until every episode is done; an episode's own error ends it all."""
     while episodes and not parts.stopped():
-        begin = time.perf_counter()
+        begin = _now()
         await let_others_run()
-        times.loop += time.perf_counter() - begin
+        times.loop += _now() - begin
         if not parts.engine.idle():
             _step(underway, times)
         elif not underway.ended:
@@ -194,21 +198,21 @@ async def _drive(
 def _step(underway: _Underway, times: RolloutTimes) -> None:
     """A step of the engine, which takes nearly as long for few rows: what tools hold is missing."""
     in_tools = underway.in_tools
-    begin = time.perf_counter()
+    begin = _now()
     underway.turns.step()
-    times.tools += in_tools * (time.perf_counter() - begin)
+    times.tools += in_tools * (_now() - begin)
 
 
 async def _wait(underway: _Underway, times: RolloutTimes) -> None:
     """Nothing to decode: wait for a new turn or for an episode's end."""
     work = underway.turns.work
     work.clear()
-    begin = time.perf_counter()
+    begin = _now()
     # Nothing to decode while an episode still samples: its tool is what everybody waits for.
     for_tools = underway.sampling > 0
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(work.wait(), MAX_SECONDS_TO_WAIT)
-    seconds = time.perf_counter() - begin
+    seconds = _now() - begin
     if for_tools:
         times.tools += seconds
     else:
