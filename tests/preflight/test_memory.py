@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -315,12 +316,13 @@ NEEDED: dict[str, dict[str, object]] = {
 }
 
 
-def kept_by_a_layer(config: ModelConfig, recompute: Recompute) -> float:
+def kept_by_a_layer(config: ModelConfig, recompute: Recompute, wide: bool) -> float:
     """Bytes per token that autograd saves in a forward on the CPU, where nothing is compiled.
 
     From two lengths and two numbers of layers: neither weights nor what is around the layers count.
+    `wide`: with a residual stream in fp32.
     """
-    options = ModelOptions(param_dtype=torch.bfloat16, recompute=recompute)
+    options = ModelOptions(param_dtype=torch.bfloat16, recompute=recompute, fp32_residual=wide)
     short, long = 64, 128
     fewer = replace(config, layers=1, windows=config.windows[:1])
     more, less = (
@@ -330,40 +332,48 @@ def kept_by_a_layer(config: ModelConfig, recompute: Recompute) -> float:
     return (more - less) / (config.layers - 1) / (long - short)
 
 
-# Which recomputation, and how much more is planned at the most than is kept
-KEPT_QUICK = [("llama", "none", 0), ("gemma3_text", "none", 0), ("qwen3", "selective", 0)]
-KEPT = [
-    *((family, "none", 0) for family in FAMILIES if family not in ("olmoe", "qwen3_moe")),
-    *((family, "full", 0) for family in FAMILIES),
-    *((family, "selective", 0) for family in FAMILIES if not family.startswith("olmo")),
-    # Planned is a norm of the block's input, and they have none
-    ("olmo2", "selective", 0.15),
-    ("olmo3", "selective", 0.15),
-    ("olmoe", "none", 0.02),
-    ("qwen3_moe", "none", 0.02),
+# Which recomputation, and whether the residual stream is in fp32
+KEPT_QUICK = [
+    ("llama", "none", False),
+    ("gemma3_text", "none", False),
+    ("qwen3", "selective", True),
+    ("olmo2", "selective", False),
 ]
+KEPT = list(itertools.product(FAMILIES, ("none", "selective", "full"), (False, True)))
+# How much more is planned at the most than is kept
+MORE = {
+    # Experts' small tensors are counted a little too high
+    ("olmoe", "none", False): 0.02,
+    ("olmoe", "none", True): 0.02,
+    ("qwen3_moe", "none", False): 0.02,
+    ("qwen3_moe", "none", True): 0.02,
+    # The block's input itself isn't kept where nothing is recomputed: a copy in bf16 is
+    ("olmo2", "none", True): 0.09,
+    ("olmo3", "none", True): 0.09,
+}
 
 
-def require_kept(family: str, recompute: Recompute, more: float) -> None:
+def require_kept(family: str, recompute: Recompute, wide: bool) -> None:
     config = model(family, **NEEDED.get(family, {}))
-    planned = layer_bytes(config, Setting(compiled=False), recompute)
-    kept = kept_by_a_layer(config, recompute)
-    assert kept <= planned <= (1 + more) * kept
+    setting = Setting(compiled=False, fp32_residual=wide)
+    planned = layer_bytes(config, setting, recompute)
+    kept = kept_by_a_layer(config, recompute, wide)
+    assert kept <= planned <= (1 + MORE.get((family, recompute, wide), 0)) * kept
 
 
-@pytest.mark.parametrize(("family", "recompute", "more"), KEPT_QUICK)
+@pytest.mark.parametrize(("family", "recompute", "wide"), KEPT_QUICK)
 def test_an_uncompiled_block_keeps_what_autograd_saves(
-    family: str, recompute: Recompute, more: float
+    family: str, recompute: Recompute, wide: bool
 ) -> None:
-    require_kept(family, recompute, more)
+    require_kept(family, recompute, wide)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "recompute", "more"), KEPT)
+@pytest.mark.parametrize(("family", "recompute", "wide"), KEPT)
 def test_uncompiled_blocks_of_every_family_keep_what_autograd_saves(
-    family: str, recompute: Recompute, more: float
+    family: str, recompute: Recompute, wide: bool
 ) -> None:
-    require_kept(family, recompute, more)
+    require_kept(family, recompute, wide)
 
 
 def test_blocks_that_are_not_compiled_are_planned_so() -> None:

@@ -96,7 +96,10 @@ def costs(
         Cost("those norms' scales", 2, "fp32"),
     )
     # A norm keeps its input, and that scaled, both in the dtype of sums
-    before = Cost("the first norm's two", 2 * config.hidden, "sums")
+    before = (
+        Cost("the first norm's input", config.hidden, "widened"),
+        Cost("it, scaled", config.hidden, "sums"),
+    )
     after = Cost(
         "the other norms' six, in place of four in the weights' dtype", 4 * config.hidden, "sums"
     )
@@ -104,7 +107,7 @@ def costs(
     return replace(
         plain,
         kept={**plain.kept, "none": (*plain.kept["none"], *added)},
-        uncompiled=Uncompiled((before, *uncompiled), (after, gated)),
+        uncompiled=Uncompiled((*before, *uncompiled), (after, gated)),
     )
 
 

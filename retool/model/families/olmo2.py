@@ -36,7 +36,7 @@ def read_config(c: dict[str, Any]) -> ModelConfig:
 
 
 def costs(config: ModelConfig, sp: int) -> LayerCosts:
-    plain = gated_block_costs(config, sp, more=norms_of_all_heads(config))
+    plain = gated_block_costs(config, sp, more=norms_of_all_heads(config), norms_after=True)
     # No norm is before attention, but for those of heads
     norms = Cost("results of attention and the MLP in the dtype of sums", 2 * config.hidden, "sums")
     gated = Cost("silu of gate, and its product with up", 2 * config.ffn)

@@ -12,8 +12,9 @@ from typing import Literal, NamedTuple
 from retool.model.recompute import Recompute
 
 # In which dtype a tensor is: the weights', the residual stream's, one that sums are kept in (at
-# least fp32), or fp32.
-Kind = Literal["compute", "residual", "sums", "fp32"]
+# least fp32), or fp32. Or it is a copy of the residual stream in the dtype of sums, or in the
+# weights', where that is another.
+Kind = Literal["compute", "residual", "sums", "fp32", "widened", "narrowed"]
 
 
 class Cost(NamedTuple):
@@ -43,6 +44,8 @@ class ElementBytes:
             "residual": self.residual,
             "sums": self.sums,
             "fp32": self.fp32,
+            "widened": self.sums if self.residual != self.sums else 0,
+            "narrowed": self.compute if self.residual != self.compute else 0,
         }
         return sum(cost.elements * each[cost.kind] for cost in costs)
 

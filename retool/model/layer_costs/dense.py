@@ -10,9 +10,14 @@ from retool.parallel.ulysses import HeadPlan
 
 
 def gated_block_costs(
-    config: ModelConfig, sp: int, more: Sequence[Cost] = (), uncompiled: Sequence[Cost] = ()
+    config: ModelConfig,
+    sp: int,
+    more: Sequence[Cost] = (),
+    uncompiled: Sequence[Cost] = (),
+    norms_after: bool = False,
 ) -> LayerCosts:
-    """A block of attention and a gated MLP with a norm before each, under `sp` sequence ranks.
+    """A block of attention and a gated MLP with a norm before each, under `sp` sequence ranks; or
+    with `norms_after` each.
 
     `more` is kept besides, where what is before attention isn't recomputed, and `uncompiled` besides
     that where the block isn't compiled.
@@ -30,17 +35,14 @@ def gated_block_costs(
     )
     selective = (
         *full,
-        Cost("the input's norm", c.hidden),
-        Cost("the first norm's scale", 1, "fp32"),
+        *(_first_input(c) if norms_after else _first_norm(c)),
         Cost("q k v where attention runs", qkv),
         Cost("attention's result, back from its all-to-all", returned),
         *more,
     )
     none = (
         *selective,
-        Cost("the sum after attention", c.hidden, "residual"),
-        Cost("its norm", c.hidden),
-        Cost("the second norm's scale", 1, "fp32"),
+        *(_normed_results(c) if norms_after else _second_norm(c)),
         # Their product is made again in the backward
         Cost("gate and up", 2 * c.ffn),
     )
@@ -57,10 +59,10 @@ def gated_block_costs(
             Cost("gradients of the block's output and input", 2 * c.hidden, "residual"),
         ),
         freed_early=(),
-        chunked=_chunked_backward(c, qkv, returned),
+        chunked=_chunked_backward(c, qkv, returned, norms_after),
         uncompiled=Uncompiled(
             before=(
-                Cost("the input in the dtype of sums", c.hidden, "sums"),
+                Cost("the input in the dtype of sums", c.hidden, "widened"),
                 Cost("its norm before the weight", c.hidden),
                 *uncompiled,
             ),
@@ -72,6 +74,35 @@ def gated_block_costs(
     )
 
 
+def _first_norm(c: ModelConfig) -> tuple[Cost, ...]:
+    return (
+        Cost("the input's norm", c.hidden),
+        Cost("the first norm's scale", 1, "fp32"),
+    )
+
+
+def _second_norm(c: ModelConfig) -> tuple[Cost, ...]:
+    return (
+        Cost("the sum after attention", c.hidden, "residual"),
+        Cost("its norm", c.hidden),
+        Cost("the second norm's scale", 1, "fp32"),
+    )
+
+
+def _first_input(c: ModelConfig) -> tuple[Cost, ...]:
+    """What q, k and v are made of, where no norm is before them."""
+    return (Cost("the input in the weights' dtype", c.hidden, "narrowed"),)
+
+
+def _normed_results(c: ModelConfig) -> tuple[Cost, ...]:
+    """What is kept of the norms after attention and after the MLP."""
+    return (
+        Cost("the sum after attention, in the weights' dtype", c.hidden),
+        Cost("attention's result before its norm, and the MLP's", 2 * c.hidden),
+        Cost("both norms' scales", 2, "fp32"),
+    )
+
+
 def wide_heads(c: ModelConfig) -> tuple[Cost, ...]:
     """What norms of queries and keys keep besides, uncompiled."""
     return (
@@ -80,14 +111,17 @@ def wide_heads(c: ModelConfig) -> tuple[Cost, ...]:
     )
 
 
-def _chunked_backward(c: ModelConfig, qkv: int, returned: int) -> ChunkedBackward:
+def _chunked_backward(
+    c: ModelConfig, qkv: int, returned: int, norms_after: bool
+) -> ChunkedBackward:
     # cuDNN makes the gradients of keys and values for each query head, and adds those of a group
     # up at the end.
     ungrouped = 2 * c.query_width if c.heads > c.kv_heads else 0
     return ChunkedBackward(
         throughout=(
             Cost("gradients of the block's output and input", 2 * c.hidden, "residual"),
-            Cost("the input's norm", c.hidden),
+            # Without its scale, which is next to nothing
+            *(_first_input(c) if norms_after else _first_norm(c)[:1]),
             Cost("q k v where attention runs", qkv),
             Cost("attention's result, back from its all-to-all", returned),
             Cost("the gradient of attention's result", c.query_width),
