@@ -1,7 +1,8 @@
 """The code interpreter next to `subprocess.run([python, "-c", program])` with rlimits, which has no
 isolation.
 
-    python benchmarks/sandbox.py [--seconds 4] [--calls 1000] [--workers N] [--json out.json]
+    python benchmarks/sandbox.py [--seconds 4] [--calls 1000] [--workers N] [--servers N]
+        [--json out.json]
 
 *print* is `print(1+1)`, *sympy* imports numpy and sympy and solves an equation. Callers are tasks
 of one event loop, each asking again as soon as it is answered; p50 and p99 are a call's round trip,
@@ -233,16 +234,18 @@ def main() -> None:
     )
     parser.add_argument("--calls", type=int, default=1000, help="of the endurance run; 0: none")
     parser.add_argument("--workers", type=int, default=None)
+    parser.add_argument("--servers", type=int, default=None, help="fork servers")
     parser.add_argument("--json", type=Path, help="save the lines here")
     options = parser.parse_args()
     line = hardware()
     print(line)
     start = time.perf_counter()
-    with Sandbox(workers=options.workers) as sandbox:
+    with Sandbox(workers=options.workers, servers=options.servers) as sandbox:
         warm = time.perf_counter() - start
         layers = ", ".join(sorted(sandbox.plan.present))
         print(
-            f"server warm after {warm:.1f} s; {sandbox.workers} workers; layers: {layers}",
+            f"server warm after {warm:.1f} s; {sandbox.workers} workers, "
+            f"{len(sandbox.server_pids)} fork servers; layers: {layers}",
             flush=True,
         )
         server = Server(sandbox, port=0)

@@ -14,9 +14,11 @@ from typing import Any
 
 from . import accounting, cgroups, program, wire
 from .fetch import fetch_files
+from .forkserver import ForkServer
 from .result import Limits, Result, Status
 
 READ_BYTES = 1 << 16
+TIMEOUT_SLACK_SECONDS = 0.01  # for which a call isn't given more time
 MAX_POSTPONEMENT = 3.0  # times its limit, that a call may be given for waiting for a processor
 
 
@@ -70,14 +72,15 @@ class Call:
     verdict: tuple[Status, str] | None = None  # set when the supervisor ends it
 
 
-@dataclass
+@dataclass(eq=False)
 class Cell:
-    """A child of the fork server.
+    """A child of a fork server.
 
     `pid` is the host's name for it, known once it is confined; `init` is that of the first process
     of its pid namespace, if it has one.
     """
 
+    server: ForkServer
     number: int
     slot: int
     control: socket.socket
@@ -116,15 +119,31 @@ class Cell:
             self.control.sendall(wire.encode(job))
             self.control.shutdown(socket.SHUT_WR)
 
-    def account(self, pids: list[int], inherited: int, exact_tasks: bool, private: bool) -> None:
-        """Set the verdict where the call's processes `pids` or its files go beyond a limit that the
-        kernel doesn't hold by itself.
+    def kill(self) -> None:
+        """End the call and all its processes; the fork server tells when they are gone."""
+        self.server.order({"kill": self.number})
+
+    def overdue(self, now: float) -> bool:
+        """Whether a running call has had its time, not counting what it waited for a processor."""
+        if self.call is None or now < self.call.deadline:
+            return False
+        self._postpone()
+        return now >= self.call.deadline - TIMEOUT_SLACK_SECONDS
+
+    def _processes(self) -> list[int]:
+        nested = self.server.nested
+        heir = self.init if nested else self.server.pid
+        return accounting.group_of(self.pid, heir, leads_group=not nested)
+
+    def account(self, exact_tasks: bool, private: bool) -> None:
+        """Set the verdict where the call's processes or its files go beyond a limit that the kernel
+        doesn't hold by itself.
 
         `private`: the work folder is a mount of its own, which lies in memory.
         """
         assert self.call is not None
         limits = self.call.limits
-        usage = accounting.usage(pids, inherited)
+        usage = accounting.usage(self._processes(), self.server.inherited)
         file_bytes = accounting.folder_bytes(self.folder, private)
         if self.group is not None:
             out_of_memory = self._killed_for_memory()  # the kernel ends one process, we the call
@@ -142,13 +161,13 @@ class Cell:
     def _killed_for_memory(self) -> bool:
         return self.group is not None and self.group.kills() > self.kills_before
 
-    def postpone(self, pids: list[int]) -> None:
+    def _postpone(self) -> None:
         """Give the call the time that it waited for a processor: programs go last, and a busy host
         isn't their fault.
         """
         assert self.call is not None
         limit = self.call.limits.wall_seconds
-        waited = max((accounting.waited(pid) for pid in pids), default=0.0) - self.waited_before
+        waited = max(accounting.waited(pid) for pid in self._processes()) - self.waited_before
         postponement = min(max(0.0, waited), MAX_POSTPONEMENT * limit)
         self.call.deadline = self.call.started + limit + postponement
 
@@ -216,7 +235,7 @@ def _too_much_memory(limits: Limits) -> tuple[Status, str]:
     return "memory_limit", f"the call used more than {limits.memory_mb} MB"
 
 
-def open_cell(number: int, slot: int, path: str) -> tuple[Cell, list[int]]:
+def open_cell(server: ForkServer, number: int, slot: int, path: str) -> tuple[Cell, list[int]]:
     """A cell with its pipes, and the child's ends of them: control socket, stdout, stderr."""
     control, child_control = socket.socketpair()
     control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -225,5 +244,5 @@ def open_cell(number: int, slot: int, path: str) -> tuple[Cell, list[int]]:
     err, child_err = os.pipe2(os.O_CLOEXEC)
     for reader in (out, err):
         os.set_blocking(reader, False)
-    cell = Cell(number, slot, control, Stream(out), Stream(err, last=True), path)
+    cell = Cell(server, number, slot, control, Stream(out), Stream(err, last=True), path)
     return cell, [child_control.detach(), child_out, child_err]

@@ -1,7 +1,7 @@
 """The fork server's loop: children are made on request and reaped, each with what it started.
 
 Requests come as JSON datagrams with the child's three descriptors; answers are `init`, `failed`,
-`exited`.
+`exited`. A request may also be for another fork server, a twin.
 """
 
 from __future__ import annotations
@@ -18,12 +18,20 @@ from typing import Any, NoReturn
 
 from . import isolate, kernel, wire
 
+END_SECONDS = 3  # that twins have to end in
+
 
 class Child(BaseException):
     """Raised in a child of the fork server, to unwind to where it becomes a program."""
 
     def __init__(self, place: isolate.Place) -> None:
         self.place = place
+
+
+class Twin(BaseException):
+    """Raised in a fork of the fork server that is to be another one: its socket to the supervisor
+    is descriptor 0, as the first one's is.
+    """
 
 
 @dataclass(frozen=True)
@@ -46,11 +54,11 @@ class Children:
         self._inits: dict[int, Init] = {}  # by cell
         self._ends: dict[int, dict[str, Any]] = {}  # of programs whose pid namespace isn't gone yet
         self._stacks: list[kernel.Stack] = []
-        self._wake, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        os.set_blocking(writer, False)
+        self._twins: list[int] = []
+        self._wake, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         # A dead child wakes `poll` by a byte in a pipe: a signal alone could come just before the
         # wait.
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def tell(self, message: dict[str, Any], sender: int = 0) -> None:
@@ -92,9 +100,14 @@ class Children:
                 self.tell({"init": number}, sender=self._inits[number].pid)
             return
         try:
-            self._start(request, descriptors)
+            if "twin" in request:
+                self._fork_twin(descriptors[0])
+            else:
+                self._start(request, descriptors)
         except OSError as error:
-            self.tell({"failed": request["start"], "why": str(error)})
+            # A twin that isn't made is missed when its socket ends
+            if "start" in request:
+                self.tell({"failed": request["start"], "why": str(error)})
         for fd in descriptors:
             os.close(fd)
 
@@ -120,6 +133,30 @@ class Children:
         self._return_home()
         self._pids[number] = pid
         self._ids[pid] = number
+
+    def _fork_twin(self, control: int) -> None:
+        """Make another fork server; raises `Twin` in it.
+
+        It is the first process of a pid namespace of its own: all that it makes ends with it.
+        """
+        if self._nested:
+            kernel.unshare(kernel.CLONE_NEWPID)
+        try:
+            pid = os.fork()
+        except OSError:
+            self._return_home()
+            raise
+        if pid == 0:
+            kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+            signal.set_wakeup_fd(-1)
+            # Nothing of the first one's stays open: its supervisor shall notice when it ends
+            self._control.detach()
+            os.dup2(control, 0)
+            for fd in (control, self._wake, self._waker):
+                os.close(fd)
+            raise Twin
+        self._return_home()
+        self._twins.append(pid)
 
     def _start_init(self, number: int) -> None:
         """The first process of a pid namespace: with it everything there ends, and signals that it
@@ -159,6 +196,8 @@ class Children:
             pid, status, usage = os.wait4(waiting.si_pid, 0)
             number = self._ids.pop(pid, None)
             if number is None:
+                if pid in self._twins:
+                    self._twins.remove(pid)
                 continue
             init = self._inits.get(number)
             # The namespace's first process went last: nothing of the call is left.
@@ -201,4 +240,10 @@ class Children:
     def _end(self) -> NoReturn:
         for number in list(self._pids):
             self._kill(number)
+        if not self._nested:
+            # Twins end as this one does. To kill them, which the kernel does when this one has
+            # gone, would leave what their children have started.
+            signal.alarm(END_SECONDS)
+            for pid in self._twins:
+                os.waitpid(pid, 0)
         os._exit(0)

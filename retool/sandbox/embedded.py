@@ -43,9 +43,10 @@ class Sandbox:
     nothing is forked from this process). `workers` programs run at once, the rest wait in order of
     arrival; None: as many as there are cores, at least 4. Each may use `limits.memory_mb`. With
     `isolation="strict"` (default) construction fails with `ValueError` where a guarantee has no
-    mechanism on this machine; with `"best_effort"` it warns on stderr once and goes on. `without`
-    leaves isolation layers out and `launcher` is a command to start the server through: both are
-    for tests. Safe to use from several threads and event loops.
+    mechanism on this machine; with `"best_effort"` it warns on stderr once and goes on. `servers`
+    fork servers make the programs' processes; None: one for each four cores, at least 1 and at most
+    8. `without` leaves isolation layers out and `launcher` is a command to start the server
+    through: both are for tests. Safe to use from several threads and event loops.
 
     A supervisor that died, by `kill -9` say, is started again by the next call, later and later
     while it keeps dying. Calls that were lost with it are run again, up to `RETRIES` times;
@@ -65,6 +66,7 @@ class Sandbox:
         isolation: Literal["strict", "best_effort"] = "strict",
         *,
         share: str = "",
+        servers: int | None = None,
         without: frozenset[str] = frozenset(),
         python: str = sys.executable,
         launcher: Sequence[str] = (),
@@ -75,9 +77,12 @@ class Sandbox:
         self.workers = max(4, len(os.sched_getaffinity(0))) if workers is None else workers
         if self.workers < 1:
             raise ValueError(f"sandbox workers={workers} must be at least 1.")
+        if servers is not None and servers < 1:
+            raise ValueError(f"sandbox servers={servers} must be at least 1.")
         setup = {
             "limits": vars(self.limits),
             "workers": self.workers,
+            "servers": servers,
             "without": sorted(without),
             "isolation": isolation,
         }
@@ -123,9 +128,11 @@ class Sandbox:
         return self._keeper.hello["pid"]
 
     @property
-    def server_pid(self) -> int:
-        """The fork server's process id."""
-        return self._keeper.hello["server"]
+    def server_pids(self) -> list[int]:
+        """The process ids of the fork servers, as they were when this connection was made; if the
+        first ends, the others do.
+        """
+        return self._keeper.hello["servers"]
 
     @property
     def scratch(self) -> str:

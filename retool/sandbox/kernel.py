@@ -49,6 +49,7 @@ CAP_LAST = 40
 # the same on every architecture: numbers above 424 are shared
 SYS_MOUNT_SETATTR = 442
 SYS_CLOSE_RANGE = 436
+SYS_PIDFD_OPEN = 434
 AT_FDCWD = -100
 AT_RECURSIVE = 0x8000
 MOUNT_ATTR_RDONLY = 1
@@ -82,6 +83,14 @@ def unshare(flags: int) -> None:
 
 def setns(fd: int, kind: int) -> None:
     check(libc.setns(ctypes.c_int(fd), ctypes.c_int(kind)), "setns")
+
+
+def pidfd_open(pid: int) -> int:
+    """A descriptor that stands for a process, closed on exec. Not every build of Python has its
+    own.
+    """
+    no_flags = ctypes.c_uint(0)
+    return check(libc.syscall(SYS_PIDFD_OPEN, ctypes.c_int(pid), no_flags), "pidfd_open")
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:

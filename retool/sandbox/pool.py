@@ -8,21 +8,21 @@ import os
 import selectors
 import signal
 import socket
-import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from . import accounting, cgroups, listener, wire
 from .cells import Call, Cell, Stream, open_cell
-from .forkserver import ForkServer
+from .forkserver import ForkServer, ForkServers
 from .layers import Plan
 from .result import Limits, Result
-from .rootfs import sweep
+from .rootfs import Brooms
 
 MOST_FAILURES = 5  # in a row, after which no more children are asked for
-TIMEOUT_SLACK_SECONDS = 0.01  # for which a call isn't given more time
+GONE_SECONDS = 2.0  # that killed processes have to be gone in
 
 Ended = list[tuple[Call, Result]]
 
@@ -37,15 +37,22 @@ class Pool:
     """
 
     def __init__(
-        self, plan: Plan, limits: Limits, workers: int, select: selectors.BaseSelector
+        self,
+        plan: Plan,
+        limits: Limits,
+        *,
+        workers: int,
+        servers: int,
+        select: selectors.BaseSelector,
     ) -> None:
         self.plan = plan
         self.scratch = tempfile.mkdtemp(prefix="retool-sandbox-")
         # Programs run under users of their own: they must pass through this folder, and not list
         # it.
         os.chmod(self.scratch, 0o711)
-        self.server = ForkServer(plan, self.scratch, limits.file_mb)
+        self.servers = ForkServers(plan, self.scratch, limits.file_mb, servers)
         self.cells: dict[int, Cell] = {}
+        self.brooms = Brooms()
         self.failures = 0  # in a row, to make a child or a server
         self.complaint = ""  # about the last of them
         self._limits = limits
@@ -56,48 +63,46 @@ class Pool:
         self._free_slots = list(range(plan.slots))
         self._last_number = 0
         self._groups = cgroups.Groups(plan.cgroup) if plan.cgroup else None
-        self._brooms: list[subprocess.Popen[bytes]] = []
         self._pair_bytes = listener.pair_bytes()
-        self._nested = "pid_namespace" in plan.present
         self._private = "mount_namespace" in plan.present
 
-    # --- the fork server ---
+    # --- the fork servers ---
 
-    def start_server(self) -> None:
-        """Start it and wait until it is warm; `OSError` where it ends first."""
-        control = self.server.start()
-        self._listen(control, self._hear_server)
+    def start_servers(self) -> None:
+        """Start them and wait until they are warm; `OSError` where the first ends before that."""
+        self.servers.start()
+        for server in self.servers.all:
+            self._listen(server.control, partial(self._hear_server, server))
 
     def revive(self) -> None:
         """One more attempt after giving up, worth it for a new call."""
         if self.failures >= MOST_FAILURES:
             self.failures = MOST_FAILURES - 1
-            if self.server.control is None:
+            if self.servers.first is None:
                 self._restart()
 
     def _restart(self) -> None:
         try:
-            self.start_server()
+            self.start_servers()
         except OSError as error:
             self.failures = MOST_FAILURES
             self.complaint = str(error)
 
     def stop(self) -> None:
         """End every process and remove every file."""
-        self.server.stop()
+        self.servers.stop()
         for cell in self.cells.values():
-            kill_group(cell, self._nested)
+            kill_group(cell)
         if self._groups is not None:
             self._groups.remove()
-        for broom in [*self._brooms, sweep(self.scratch)]:
-            if broom is not None:
-                broom.wait()
+        self.brooms.sweep(self.scratch)
+        self.brooms.wait()
 
     # --- cells, from the first to the last ---
 
     def refill(self) -> None:
         """Ask for children until enough of them wait."""
-        if self.server.control is None or self.failures >= MOST_FAILURES:
+        if self.servers.first is None or self.failures >= MOST_FAILURES:
             return
         while self._free_slots and len(self._idle) + self._starting < self._workers:
             self._request()
@@ -109,9 +114,12 @@ class Pool:
         number = self._last_number
         slot = self._free_slots.pop(0)
         path = "/box" if self._private else f"{self.scratch}/{number}"
-        cell, theirs = open_cell(number, slot, path)
+        server = self.servers.next()
+        server.asked += 1
+        server.starting += 1
+        cell, theirs = open_cell(server, number, slot, path)
         self.cells[number] = cell
-        self.server.order({"start": number, "slot": slot, "folder": cell.path}, theirs)
+        server.order({"start": number, "slot": slot, "folder": cell.path}, theirs)
         # The server has its copies. These must go, or a pipe would never end with its program.
         for descriptor in theirs:
             os.close(descriptor)
@@ -134,51 +142,30 @@ class Pool:
     def running(self) -> list[Cell]:
         return [cell for cell in self.cells.values() if cell.call is not None]
 
-    def overdue(self, cell: Cell, now: float) -> bool:
-        """Whether a running call has had its time, not counting what it waited for a processor."""
-        if cell.call is None or now < cell.call.deadline:
-            return False
-        cell.postpone(self._processes(cell))
-        return now >= cell.call.deadline - TIMEOUT_SLACK_SECONDS
-
     def look(self, cell: Cell) -> None:
         """Compare what a running call uses with its limits, and end it where it goes beyond."""
-        if self._nested and not cell.init:
+        if cell.server.nested and not cell.init:
             # Only calls that last are asked about: the next look knows
-            self.server.order({"heir": cell.number})
-        cell.account(
-            self._processes(cell), self.server.inherited, self.plan.exact_tasks, self._private
-        )
+            cell.server.order({"heir": cell.number})
+        cell.account(self.plan.exact_tasks, self._private)
         if cell.call is not None and cell.call.verdict is not None:
-            self.kill(cell)
-
-    def _processes(self, cell: Cell) -> list[int]:
-        heir = cell.init if self._nested else self.server.process.pid
-        return accounting.group_of(cell.pid, heir, leads_group=not self._nested)
-
-    def kill(self, cell: Cell) -> None:
-        """End a call and all its processes; `_hear_server` reports when they are gone."""
-        self.server.order({"kill": cell.number})
+            cell.kill()
 
     def _retire(self, cell: Cell) -> None:
         """Forget a child that is gone; its slot may be used again."""
         if cell in self._idle:
             self._idle.remove(cell)
-        self._starting -= not cell.pid
+        if not cell.pid:
+            self._starting -= 1
+            cell.server.starting -= 1
         for fileobj in (cell.control, cell.out.fd, cell.err.fd, cell.listener):
             with contextlib.suppress(KeyError, ValueError):
                 self._select.unregister(fileobj)
         cell.close()
-        broom = None if self._private else sweep(cell.path)
-        if broom is not None:
-            self._brooms.append(broom)
+        if not self._private:
+            self.brooms.sweep(cell.path)
         del self.cells[cell.number]
         self._free_slots.append(cell.slot)
-
-    def sweeping(self) -> bool:
-        """Whether folders are still being removed; to be asked again until they aren't."""
-        self._brooms = [broom for broom in self._brooms if broom.poll() is None]
-        return bool(self._brooms)
 
     # --- what is heard: of a child, of its program, of the fork server ---
 
@@ -204,6 +191,7 @@ class Pool:
             cell.listener = descriptors[1]
             self._listen(cell.listener, partial(self._hear_question, cell))
         self._starting -= 1
+        cell.server.starting -= 1
         if self._groups is not None:
             group = self._groups.slot(cell.slot)
             group.set_limit(self._limits.memory_mb << 20)
@@ -220,7 +208,7 @@ class Pool:
         ):
             self._select.unregister(cell.listener)
         if cell.call is not None and cell.call.verdict is not None:
-            self.kill(cell)
+            cell.kill()
         return []
 
     def _hear_program(self, cell: Cell, stream: Stream) -> Ended:
@@ -231,13 +219,16 @@ class Pool:
         elif cell.flooded() and cell.call is not None and cell.call.verdict is None:
             reason = f"the program wrote more than {limits.flood_mb} MB of output"
             cell.call.verdict = ("output_limit", reason)
-            self.kill(cell)
+            cell.kill()
         return []
 
-    def _hear_server(self) -> Ended:
-        message, sender = self.server.receive()
+    def _hear_server(self, server: ForkServer) -> Ended:
+        message, sender = server.receive()
         if message is None:
-            return self._server_died()
+            return self._server_died(server)
+        if "ready" in message:
+            server.welcome(sender)
+            return []
         if "init" in message:
             if message["init"] in self.cells:
                 self.cells[message["init"]].init = sender
@@ -268,21 +259,53 @@ class Pool:
         self.complaint = f"{why}, {self.failures} times in a row"
         self._retire(cell)
 
-    def _server_died(self) -> Ended:
-        """Every program went with it, or goes now; start another server."""
-        assert self.server.control is not None
-        self._select.unregister(self.server.control)
-        self.complaint = f"the fork server died (code {self.server.bury()})"
+    def _server_died(self, server: ForkServer) -> Ended:
+        """Every program of it went with it, or goes now; start another.
+
+        With the first of them its twins went, too.
+        """
         self.failures += 1
+        first = server is self.servers.first
+        lost = self.servers.all if first else [server]
+        for each in lost:
+            self._select.unregister(each.control)
+        if first:
+            self.complaint = f"the fork server died (code {self.servers.bury()})"
+        else:
+            self.complaint = "a fork server died"
+            self.servers.bury_twin(server)
+        ended = self._abandon(lost)
+        if self.failures >= MOST_FAILURES:
+            return ended
+        if first:
+            self._restart()
+        elif server.pid:  # one that never got warm wouldn't now
+            twin = self.servers.add_twin()
+            self._listen(twin.control, partial(self._hear_server, twin))
+        return ended
+
+    def _abandon(self, servers: list[ForkServer]) -> Ended:
+        """Forget the cells of fork servers that have died, once their processes are gone."""
+        cells = [cell for cell in self.cells.values() if cell.server in servers]
+        for cell in cells:
+            kill_group(cell)
+        # Another call may use a slot at once: its user and its memory account are to be nobody's
+        # by then. A twin isn't gone before all that is in its pid namespace.
+        wait_until_gone([server.pid for server in servers] + [cell.pid for cell in cells])
         ended = []
-        for cell in list(self.cells.values()):
-            kill_group(cell, self._nested)
+        for cell in cells:
             if cell.call is not None:
                 ended.append((cell.call, Result("sandbox_error", reason=self.complaint)))
             self._retire(cell)
-        if self.failures < MOST_FAILURES:
-            self._restart()
         return ended
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    """Killed processes take a moment; one that takes longer than `GONE_SECONDS` isn't waited for."""
+    end = time.monotonic() + GONE_SECONDS
+    for pid in pids:
+        while pid and os.path.exists(f"/proc/{pid}") and time.monotonic() < end:
+            time.sleep(0.001)
 
 
 def allowed(cell: Cell, question: listener.Question, limits: Limits, pair_bytes: int) -> bool:
@@ -301,8 +324,8 @@ def allowed(cell: Cell, question: listener.Question, limits: Limits, pair_bytes:
     return False
 
 
-def kill_group(cell: Cell, nested: bool) -> None:
+def kill_group(cell: Cell) -> None:
     """Without a pid namespace the server's end isn't the programs' end."""
-    if cell.pid and not nested:
+    if cell.pid and not cell.server.nested:
         with contextlib.suppress(OSError):
             os.killpg(cell.pid, signal.SIGKILL)

@@ -196,3 +196,25 @@ def sweep(path: str) -> subprocess.Popen[bytes] | None:
         stdin=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+
+
+class Brooms:
+    """Processes that remove folders."""
+
+    def __init__(self) -> None:
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    def sweep(self, path: str) -> None:
+        """Remove a folder, at once or by and by."""
+        broom = sweep(path)
+        if broom is not None:
+            self._started.append(broom)
+
+    def busy(self) -> bool:
+        """Whether folders are still being removed; to be asked again until they aren't."""
+        self._started = [broom for broom in self._started if broom.poll() is None]
+        return bool(self._started)
+
+    def wait(self) -> None:
+        for broom in self._started:
+            broom.wait()

@@ -1,6 +1,6 @@
 """The process between the caller and the programs: queue, clock, verdicts.
 
-It never runs a program and never forks after its start: the fork server does. One loop, no threads.
+It never runs a program and never forks after its start: the fork servers do. One loop, no threads.
 The owner's socket is descriptor 0; when it closes, everything ends. Where there is a listener,
 other processes call too: its guests.
 """
@@ -18,10 +18,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn
 
 from . import layers, probe, sharing, wire
 from .cells import Call
+from .forkserver import servers_for
 from .pool import MOST_FAILURES, Ended, Pool
 from .result import Limits, Result
 
@@ -42,10 +44,11 @@ def main() -> NoReturn:
     pool = open_pool(
         owner,
         limits,
-        setup["workers"],
-        frozenset(setup["without"]),
-        setup["isolation"] == "strict",
-        select,
+        workers=setup["workers"],
+        servers=setup["servers"] or servers_for(setup["workers"]),
+        without=frozenset(setup["without"]),
+        strict=setup["isolation"] == "strict",
+        select=select,
     )
     try:
         Supervisor(owner, listener, limits, pool, select).loop()
@@ -57,12 +60,14 @@ def main() -> NoReturn:
 def open_pool(
     caller: socket.socket,
     limits: Limits,
+    *,
     workers: int,
+    servers: int,
     without: frozenset[str],
     strict: bool,
     select: selectors.BaseSelector,
 ) -> Pool:
-    """Find the layers and start the fork server; where a guarantee has no mechanism, tell the
+    """Find the layers and start the fork servers; where a guarantee has no mechanism, tell the
     caller and end.
     """
     # As many wait confined as run, so that a call never waits for a fork; two more are on their
@@ -72,9 +77,10 @@ def open_pool(
     if strict and plan.unmet():
         faults = [f"nothing here guarantees “{name}” ({why})" for name, why in plan.unmet().items()]
         _refuse(caller, "; ".join(faults))
-    pool = Pool(plan, limits, workers, select)
+    make_pool = partial(Pool, limits=limits, workers=workers, servers=servers, select=select)
+    pool = make_pool(plan)
     try:
-        pool.start_server()
+        pool.start_servers()
     except OSError as error:
         # Each layer worked alone and they don't work together: do without namespaces, if every
         # guarantee still holds.
@@ -84,8 +90,8 @@ def open_pool(
             unmet = ", ".join(plan.unmet())
             _refuse(caller, f"{error}, and without namespaces nothing guarantees {unmet}")
         why = dict.fromkeys(NAMESPACES - without, str(error))
-        pool = Pool(replace(plan, missing={**plan.missing, **why}), limits, workers, select)
-        pool.start_server()
+        pool = make_pool(replace(plan, missing={**plan.missing, **why}))
+        pool.start_servers()
     return pool
 
 
@@ -179,7 +185,7 @@ class Supervisor:
         facts = {
             "plan": pool.plan.to_json(),
             "unmet": pool.plan.unmet(),
-            "server": pool.server.warm_pid,
+            "servers": [server.pid for server in pool.servers.all if server.pid],
             "scratch": pool.scratch,
         }
         caller.send({"hello": {**facts, "pid": os.getpid()}})
@@ -205,7 +211,7 @@ class Supervisor:
 
     def _patience(self) -> float | None:
         """Seconds until something has to be looked at; None: nothing runs."""
-        sweeping = self._pool.sweeping()
+        sweeping = self._pool.brooms.busy()
         running = [cell.call for cell in self._pool.running() if cell.call is not None]
         if not running:
             return TICK_SECONDS if sweeping else None
@@ -222,10 +228,10 @@ class Supervisor:
             call = cell.call
             if call is None or call.verdict is not None:
                 continue
-            if self._pool.overdue(cell, now):
+            if cell.overdue(now):
                 reason = f"the program ran longer than {call.limits.wall_seconds:g} s"
                 call.verdict = ("timeout", reason)
-                self._pool.kill(cell)
+                cell.kill()
             # A program that has just begun has used nothing yet: most calls end before anybody
             # looks.
             elif looking and now - call.started > TICK_SECONDS / 2:
@@ -270,7 +276,7 @@ class Supervisor:
         for cell in self._pool.running():
             if cell.call is not None and meant(cell.call) and cell.call.verdict is None:
                 cell.call.verdict = ("sandbox_error", "the call was cancelled")
-                self._pool.kill(cell)
+                cell.kill()
 
     def _answer(self, ended: Ended) -> None:
         for call, result in ended:

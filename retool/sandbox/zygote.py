@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from . import isolate, kernel, landlock, layers, program, rootfs, uids, wire
-from .children import Child, Children
+from .children import Child, Children, Twin
 
 MODULES = (
     "numpy",
@@ -168,18 +168,41 @@ def _serve(setup: Setup) -> Callable[[], NoReturn]:
         kernel.collapse_into_huge_pages(file.read())
     base = int(os.read(statm, 256).split()[0]) * os.sysconf("SC_PAGE_SIZE")
     granted = landlock.open_paths(rights) if "landlock" in setup.plan.present else []
-    if "pid_namespace" not in setup.plan.present:
-        kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
     with contextlib.suppress(OSError):
         # From now on; to get warm is the server's own work
         os.write(session, str(isolate.NICENESS).encode())
     common = isolate.prepare(setup.plan, granted, setup.folder_mb)
-    children = Children(common, socket.socket(fileno=0), own_pids)
-    children.tell({"ready": True})
+    return _make_children(common, own_pids, base)
+
+
+def _make_children(common: isolate.Confinement, own_pids: int, base: int) -> Callable[[], NoReturn]:
+    """Until the supervisor hangs up; returns in children only, as `main` does."""
+    while True:
+        if "pid_namespace" not in common.plan.present:
+            kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
+        children = Children(common, socket.socket(fileno=0), own_pids)
+        children.tell({"ready": True})
+        try:
+            children.loop()
+        except Child as child:
+            return _become_program(common, child.place, base)
+        except Twin:
+            if own_pids >= 0:
+                os.close(own_pids)
+                own_pids = _open_own_pids()
+
+
+def _open_own_pids() -> int:
+    """What stands for a twin's pid namespace, as /proc can't be seen any more.
+
+    Where the kernel doesn't take it for that, before Linux 5.8, the twin ends: the first is enough.
+    """
     try:
-        children.loop()
-    except Child as child:
-        return _become_program(common, child.place, base)
+        own_pids = kernel.pidfd_open(os.getpid())
+        kernel.setns(own_pids, kernel.CLONE_NEWPID)
+    except OSError:
+        os._exit(1)
+    return own_pids
 
 
 def _open_session() -> int:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from retool.sandbox import Limits, Sandbox
 
@@ -55,16 +56,25 @@ class Mode:
         return [*become, *(refuse if self.refused else [])]
 
     def start(
-        self, limits: Limits = LIMITS, workers: int = 2, isolation: str = "best_effort"
+        self,
+        limits: Limits = LIMITS,
+        workers: int = 2,
+        isolation: Literal["strict", "best_effort"] = "best_effort",
     ) -> Sandbox:
         """A sandbox in this mode.
 
         Where root may make memory accounts here, a container couldn't: they count as out of reach.
+        There are two fork servers, as on a machine of many processors: programs of either are held.
         """
         without = frozenset({"cgroup"}) if self.refused else frozenset()
-        # type: ignore[arg-type]
         return Sandbox(
-            limits, workers, isolation, without=without, python=self.python, launcher=self.launcher
+            limits,
+            workers,
+            isolation,
+            servers=2,
+            without=without,
+            python=self.python,
+            launcher=self.launcher,
         )
 
 

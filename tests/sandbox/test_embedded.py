@@ -241,19 +241,6 @@ def in_background(sandbox: Sandbox, program: str) -> concurrent.futures.Future[R
     return future
 
 
-def test_a_killed_fork_server_is_replaced_and_its_calls_run_again() -> None:
-    with Sandbox(Limits(), workers=2) as sandbox:
-        assert sandbox.run_blocking("1").ok
-        future = in_background(sandbox, SLEEPS.format(seconds=1))
-        time.sleep(0.3)
-        os.kill(sandbox.server_pid, signal.SIGKILL)
-        again = future.result(timeout=30)
-        assert (again.status, again.stdout) == ("success", "begun\n")
-        assert again.queue_seconds > 0.3  # the lost attempt is no time of the program's
-        assert sandbox.run_blocking("print(2)").stdout == "2\n"
-        assert settled(sandbox)
-
-
 def test_a_killed_supervisor_takes_all_with_it_and_is_started_again() -> None:
     with Sandbox(Limits(), workers=2) as sandbox:
         first = sandbox.pid

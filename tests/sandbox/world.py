@@ -93,7 +93,7 @@ class World:
             "VICTIM": self.victim.pid,
             "TEST": os.getpid(),
             "SUPERVISOR": sandbox.pid,
-            "SERVER": sandbox.server_pid,
+            "SERVER": sandbox.server_pids[0],
             "SCRATCH": repr(sandbox.scratch),
             "LIBRARY": repr(str(self.library.parent)),
             "BACKWARDS": repr(os.path.dirname(package.__file__)[::-1]),
@@ -220,12 +220,12 @@ def descendants(pid: int) -> list[int]:
 
 
 def settled(sandbox: Sandbox, seconds: float = 20.0) -> bool:
-    """Whether only the sandbox's own processes are left, within a while: the fork server, and the
-    waiting children; with pid namespaces the server's guard, too, and the first process of each
-    child's.
+    """Whether only the sandbox's own processes are left, within a while: the fork servers, and the
+    waiting children; with pid namespaces the first server's guard, too, and the first process of
+    each child's.
     """
     nested = "pid_namespace" in sandbox.plan.present
-    own = 2 + 2 * sandbox.workers if nested else 1 + sandbox.workers
+    own = len(sandbox.server_pids) + (1 + 2 * sandbox.workers if nested else sandbox.workers)
     end = time.monotonic() + seconds
     while len(descendants(sandbox.pid)) != own:
         if time.monotonic() > end:

@@ -1,0 +1,128 @@
+"""Several fork servers: children are asked of them in turn, and each may die without the others."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from retool.sandbox import Limits, Result, Sandbox, forkserver
+from tests.sandbox.modes import Mode, modes_here
+from tests.sandbox.world import descendants, settled
+
+SERVERS = 3
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox(Limits(), workers=SERVERS, servers=SERVERS) as opened:
+        yield opened
+
+
+def parent(pid: int) -> int:
+    with open(f"/proc/{pid}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
+
+
+def living(servers: list[int]) -> list[int]:
+    return [pid for pid in servers if os.path.exists(f"/proc/{pid}")]
+
+
+def waits_for(true: Callable[[], bool], seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_children_are_asked_of_all_in_turn(sandbox: Sandbox) -> None:
+    assert len(set(sandbox.server_pids)) == SERVERS
+    assert settled(sandbox)
+    waiting = set(descendants(sandbox.pid)) - set(sandbox.server_pids)
+    made = collections.Counter(map(parent, waiting))
+    assert len({made[pid] for pid in sandbox.server_pids}) == 1, made
+
+
+def test_calls_begin_in_the_order_of_arrival(sandbox: Sandbox) -> None:
+    """Whichever fork server their processes come from."""
+
+    async def main() -> list[Result]:
+        # all workers but one are busy, so that the others run one after the other
+        sleep = "import time\ntime.sleep(60)"
+        busy = [asyncio.create_task(sandbox.run(sleep)) for _ in range(sandbox.workers - 1)]
+        await asyncio.sleep(0.1)
+        program = "import time\ntime.monotonic_ns()"
+        results = await asyncio.gather(*(sandbox.run(program) for _ in range(12)))
+        for call in busy:
+            call.cancel()
+        await asyncio.gather(*busy, return_exceptions=True)
+        return results
+
+    begun = [int(result.stdout) for result in asyncio.run(main())]
+    assert begun == sorted(begun)
+
+
+async def with_one_killed(sandbox: Sandbox, victim: int) -> list[Result]:
+    """Of calls that keep all workers busy, while that fork server is killed."""
+    program = "import time\nprint('begun', flush=True)\ntime.sleep(1)"
+    calls = [asyncio.create_task(sandbox.run(program)) for _ in range(sandbox.workers)]
+    await asyncio.sleep(0.4)
+    os.kill(victim, signal.SIGKILL)
+    return await asyncio.gather(*calls)
+
+
+def test_a_killed_one_is_replaced_and_its_calls_run_again(sandbox: Sandbox) -> None:
+    """The calls of the others go on; but all end with the first, which the others are forks of."""
+    first, *twins = sandbox.server_pids
+    for victim, lost in ((twins[0], 1), (first, SERVERS)):
+        assert settled(sandbox)
+        results = asyncio.run(with_one_killed(sandbox, victim))
+        assert {(result.status, result.stdout) for result in results} == {("success", "begun\n")}
+        # the lost attempt is no time of the program's
+        assert sum(result.queue_seconds > 0.3 for result in results) == lost
+        assert settled(sandbox)  # as many fork servers as before
+        assert victim not in living(sandbox.server_pids)
+
+
+def test_their_number_follows_workers_and_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = []
+    for cores, workers in ((2, 4), (32, 4), (32, 32), (16, 64), (192, 192)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        numbers.append(forkserver.servers_for(workers))
+    assert numbers == [1, 1, 8, 4, 8]
+    with pytest.raises(ValueError, match="servers=0"):
+        Sandbox(servers=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", modes_here(), ids=lambda mode: mode.name)
+def test_in_every_mode(mode: Mode) -> None:
+    """A killed one takes its programs with it, and closing takes all, whatever isolates them."""
+    sandbox = mode.start()
+    try:
+        for victim in reversed(sandbox.server_pids):
+            results = asyncio.run(with_one_killed(sandbox, victim))
+            assert all(result.ok for result in results)
+            assert settled(sandbox)
+        # processes that are gone only when somebody ends them
+        staying = "import os, time\nos.fork()\nprint('begun', flush=True)\ntime.sleep(60)"
+
+        async def leave() -> None:
+            calls = [asyncio.create_task(sandbox.run(staying)) for _ in range(2)]
+            await asyncio.sleep(0.5)
+            family.extend(descendants(sandbox.pid))
+            await asyncio.to_thread(sandbox.close)
+            await asyncio.gather(*calls)
+
+        family: list[int] = []
+        asyncio.run(leave())
+        assert len(family) > 6 and waits_for(lambda: not living(family))
+    finally:
+        sandbox.close()
