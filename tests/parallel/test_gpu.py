@@ -25,7 +25,7 @@ from retool.model.config import ModelConfig
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel import collectives
 from retool.parallel.fsdp import local_pieces, shard
-from retool.parallel.mesh import make_mesh
+from retool.parallel.mesh import Mesh, make_mesh
 from retool.perf import StepTimer
 from retool.sft.step import train_step
 from tests.model.decoders import decoder_config
@@ -71,9 +71,15 @@ class Case:
         return ", ".join([*said, str(self.dtype).removeprefix("torch.")])
 
 
+@functools.cache
+def mesh_of(device: str, sp: int, shards: int) -> Mesh:
+    """Its groups connect once."""
+    return make_mesh(sp=sp, fsdp_size=shards, device=device)
+
+
 def train(device: str, case: Case) -> dict[str, Any]:
     """Losses, norms and this rank's weights after a few steps of two micro-batches."""
-    mesh = make_mesh(sp=case.sp, fsdp_size=case.shards, device=device)
+    mesh = mesh_of(device, case.sp, case.shards)
     torch.backends.cuda.matmul.allow_tf32 = False
     options = ModelOptions(param_dtype=case.dtype, **{"use_compile": "auto", **case.options})
     model = build_decoder(config(case.tied), mesh, options)
