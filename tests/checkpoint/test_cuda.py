@@ -21,10 +21,9 @@ pytestmark = pytest.mark.gpu
 def _on_device(state: ModelState, device: torch.device) -> ModelState:
     return ModelState(
         state.layout,
-        *(
-            None if t is None else t.to(device)
-            for t in (state.params, state.exp_avg, state.exp_avg_sq)
-        ),
+        state.params.to(device),
+        None if state.exp_avg is None else state.exp_avg.to(device),
+        None if state.exp_avg_sq is None else state.exp_avg_sq.to(device),
         updates=state.updates,
     )
 

@@ -267,6 +267,7 @@ def measured(layers: int, width: int, rows: int) -> tuple[int, int, int]:
     model = shard(net, [(f"{i}", [unit]) for i, unit in enumerate(net)], mesh)
     sharded = torch.cuda.memory_allocated() - start
     x = torch.ones(rows, width, dtype=torch.bfloat16, device=mesh.device)
+    before = start
     for _ in range(2):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

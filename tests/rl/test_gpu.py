@@ -4,6 +4,8 @@ agrees with the trainer.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from retool.metrics import read_jsonl
@@ -15,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.first
 @pytest.mark.parametrize("free", ["true", "false", "auto"])
-def test_two_steps(work, tmp_path, free) -> None:
+def test_two_steps(work: Path, tmp_path: Path, free: str) -> None:
     more = [
         "trainer.total_training_steps=3",
         f"{ARR}rollout.free_cache_engine={free}",
