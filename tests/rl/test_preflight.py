@@ -12,25 +12,32 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from retool.config import Fault, read
 from retool.data.render.renderer import Renderer
 from retool.data.render.rendering import Rendering
+from retool.parallel.mesh import Mesh
 from retool.preflight import machine
 from retool.preflight.plan import (
     checkpoint_bytes,
     host_bytes,
     kept_checkpoints,
 )
+from retool.rl import build
 from retool.rl.agent.tools import interpreter
+from retool.rl.agent.tools.session import InterpreterSession
 from retool.rl.config import RLConfig
 from retool.rl.config.names import IGNORED, SYNONYMS
+from retool.rl.preflight import checks
 from retool.rl.preflight.checks import RLReport, preflight
+from retool.rl.preflight.memory import engine_options
 from retool.rl.preflight.show import in_words
 from retool.rl.preflight.tool_turns import call_format, show_tool_turn
 from retool.sandbox.fusion_client import unreachable
 
 ACTOR = "actor_rollout_ref.actor."
+ROLLOUT = "actor_rollout_ref.rollout."
 
 
 def check(
@@ -79,6 +86,54 @@ def test_a_sound_run_has_a_plan(work: Path, tmp_path: Path) -> None:
     two = ["trainer.nnodes=2", "trainer.n_gpus_per_node=2", "trainer.device_memory_gb=80"]
     elsewhere = check(work, tmp_path / "out", *two, planning=True)
     assert "% of its time at 400 Gbit/s" in dict(in_words(elsewhere))["network"]
+
+
+def test_keys_reach_what_they_name(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interpreter, "_open_backend", lambda config: None)  # starts no sandbox
+    monkeypatch.setattr(checks, "sandbox_faults", lambda *_: [])
+    multi = f"{ROLLOUT}multi_turn."
+    report = check(
+        work,
+        tmp_path / "out",
+        "trainer.device=cpu",
+        f"data.val_files={work}/train.jsonl",
+        "data.val_max_samples=3",
+        f"{ROLLOUT}max_num_seqs=16",
+        f"{ROLLOUT}max_num_batched_tokens=300",
+        f"{multi}enable=true",
+        f"{multi}tool_session=true",
+        f"{multi}tool_isolation=best_effort",
+        f"{multi}tool_workers=1",
+        f"{multi}tool_timeout_seconds=7",
+    )
+    assert report.val is not None and len(report.val.prompts) == 3
+    options = engine_options(report.config)
+    assert (options.max_num_seqs, options.max_batch_tokens) == (16, 300)
+    (tool,) = report.tools
+    assert isinstance(tool, InterpreterSession)
+    limits = tool.interpreter.config
+    assert (limits.workers, limits.default_timeout) == (1, 7)
+    assert (limits.isolation, limits.session) == ("best_effort", True)
+
+
+def test_weights_for_servers_go_by_the_folder_that_is_asked_for(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = list[tuple[object, ...]]()
+    monkeypatch.setattr(build, "ServerEngine", lambda *arguments: opened.append(arguments))
+    report = check(
+        work,
+        tmp_path / "out",
+        "trainer.device=cpu",
+        f"{ROLLOUT}name=server",
+        f"{ROLLOUT}server.urls=[http://127.0.0.1:1]",
+        f"{ROLLOUT}server.weights_dir={tmp_path}/handed",
+        planning=True,
+    )
+    build.open_engine(report, Mesh(0, 1, 1, 1, torch.device("cpu")), 1)
+    assert [folder for _, folder, _ in opened] == [tmp_path / "handed"]
 
 
 def test_files_that_are_not_there_are_told_with_a_model_that_is_not(

@@ -362,6 +362,37 @@ def test_what_the_run_before_saved_meanwhile_is_taken_if_it_is_this_runs(
         to_resume(another, make_mesh())
 
 
+def test_keys_of_the_data_reach_its_reading(work: Path, begun: Path, tmp_path: Path) -> None:
+    thinking = pq.read_table(begun / "b.parquet").append_column("deep", pa.array([True] * 20))
+    pq.write_table(thinking, tmp_path / "b.parquet")
+    changed = {
+        "data__train_files": tmp_path / "b.parquet",
+        "data__val_files": tmp_path / "b.parquet",
+        "data__val_max_samples": 3,
+        "data__multiturn__enable_thinking_key": "deep",
+    }
+    parsed = read(SFTConfig, command(work, begun, tmp_path / "run", **changed), SYNONYMS)
+    report = preflight(parsed, environment={})
+    assert not report.faults, report.faults
+    assert report.val is not None and report.val.said.rows == 3
+    assert "deep" not in report.val.forms[0].partition("not read")[2]
+    wrong = thinking.set_column(thinking.num_columns - 1, "deep", pa.array([7] * 20))
+    pq.write_table(wrong, tmp_path / "b.parquet")
+    faults = preflight(parsed, environment={}).faults
+    assert "'deep' is 7, not true or false" in "\n".join(map(str, faults))
+
+
+def test_without_a_fallback_a_torn_checkpoint_is_a_fault(
+    work: Path, begun: Path, out: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for file in (out / "global_step_1").rglob("*.pt"):
+        file.write_bytes(file.read_bytes()[:-100])
+    asked = [*command(work, begun, out, **FEW), "trainer.resume_fallback=false"]
+    (fault,) = refused(main, asked, out, capfd)
+    assert "is not complete" in fault
+    assert "have the newest whole one taken: trainer.resume_fallback=true" in fault
+
+
 def test_a_refused_run_from_the_start_moves_nothing(
     work: Path, begun: Path, out: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -184,7 +184,9 @@ class RolloutConfig:
         256, "Sequences that are decoded at once on each GPU, at most.", minimum=1
     )
     max_num_batched_tokens: int = option(
-        8192, "Tokens that one step of the engine computes, at most.", minimum=1
+        8192,
+        "Tokens that one step of the engine computes, at most; max_num_seqs where that is more.",
+        minimum=1,
     )
     enforce_eager: bool = option(False, "Sample without CUDA graphs.")
     free_cache_engine: bool | Literal["auto"] = option(
