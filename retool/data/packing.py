@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 
 import numpy as np
 
@@ -126,9 +127,8 @@ def whole_shares(lengths: Sequence[int], packing: Packing) -> list[list[int]] | 
         return None
     sizes = np.asarray(lengths, np.int64)
     costs = np.asarray(cost(sizes, packing.budget.quadratic_length), np.float64)
-    # A capacity of everything: here only evenness matters, and room is checked below.
-    shares = _fill_evenly(sp, sizes, int(sizes.sum()), costs)
-    assert shares is not None
+    # Here only evenness matters, and room is checked below
+    shares = _spread_evenly(sp, costs)
     # Two measures of evenness: tokens are padded to the longest share, and work waits for the
     # dearest.
     longest = max(int(sizes[share].sum()) for share in shares)
@@ -186,6 +186,20 @@ def _fill(weights: np.ndarray, costs: np.ndarray, capacity: int, dp: int) -> lis
         if filled is not None:
             return filled
         count += dp
+
+
+def _spread_evenly(count: int, costs: np.ndarray) -> list[list[int]]:
+    """Each sample, dearest first, into the cheapest share: what `_fill_evenly` does where there is
+    room for everything, in a tenth of the time. Each rank does it for the micro-batches of all.
+    """
+    shares: list[list[int]] = [[] for _ in range(count)]
+    cheapest = [(0.0, place) for place in range(count)]  # a heap
+    each = costs.tolist()
+    for i in np.argsort(-costs, kind="stable").tolist():
+        spent, place = cheapest[0]
+        shares[place].append(i)
+        heapreplace(cheapest, (spent + each[i], place))
+    return shares
 
 
 def _fill_evenly(

@@ -3,11 +3,13 @@ micro-batches than needed.
 """
 
 import math
+import time
 from itertools import product
 
 import numpy as np
 import pytest
 
+from retool.data import packing as packing_module
 from retool.data.packing import Budget, Packing, cost, plan_step, whole_shares
 from retool.model.catalogue.families import parse_model_config
 from retool.model.costs import few_tokens, model_flops, multiplied_parameters, quadratic_length
@@ -53,6 +55,22 @@ def test_a_longer_sample_is_alone():
     plan = check([50, 5000, 60, 70], 2, 1, budget=200)
     assert [1] in [members for rank in plan for members in rank]
     assert len(check([1000, 5], 1, 1, budget=10)[0]) == 2, "and takes no room of the others"
+
+
+def test_spreading_is_filling_where_there_is_room_for_everything():
+    """And quick: a rank does it for the micro-batches of all ranks."""
+    rng = np.random.default_rng(0)
+    seconds = [0.0, 0.0]
+    for count, n in product((2, 3, 8), (1, 40, 200)):
+        sizes = rng.integers(1, 30, n)  # many of the same length
+        costs = np.asarray(cost(sizes), np.float64)
+        begun = time.process_time()
+        shares = packing_module._spread_evenly(count, costs)
+        between = time.process_time()
+        assert shares == packing_module._fill_evenly(count, sizes, int(sizes.sum()), costs)
+        seconds[0] += between - begun
+        seconds[1] += time.process_time() - between
+    assert seconds[0] < seconds[1] / 2
 
 
 def test_a_tight_filling_is_found():
