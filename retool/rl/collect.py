@@ -4,10 +4,11 @@ enough. All of it is collective.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -309,16 +310,30 @@ def _sample_share(
         run.engine.follow()
         return []
     torn = False
+    rollout = run.loop.create_task(roll_out(run.rollout, requests, sampling, step, spent))
     try:
-        rollout = roll_out(run.rollout, requests, sampling, step, spent)
         return run.loop.run_until_complete(rollout)
     except GroupTorn:
         torn = True
         raise
     finally:
+        _give_up(rollout, run.loop)
         # Whatever else happened: the ranks that follow would wait for ever
         if not torn:
             run.engine.end()
+
+
+def _give_up(rollout: asyncio.Task[Any], loop: asyncio.AbstractEventLoop) -> None:
+    """Let a rollout that Ctrl-C left in the middle close what it keeps, if it isn't done.
+
+    It would go on where the loop runs next, to close the tools: with an engine whose other ranks
+    are gone by then.
+    """
+    if rollout.done():
+        return
+    rollout.cancel()
+    with suppress(Exception, asyncio.CancelledError):
+        loop.run_until_complete(rollout)
 
 
 def _tell(run: Run, failed: Sequence[Share], left: int) -> None:

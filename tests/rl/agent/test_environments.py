@@ -323,6 +323,10 @@ BROKEN = {
     "reset hangs": (Told([], first=hang), "reset gave no answer within 0.2 s"),
     "step raises": (Told([KeyError("board")]), "step: KeyError: 'board'"),
     "step raises StopIteration": (Told([StopIteration()]), "step: RuntimeError: StopIteration"),
+    "step raises KeyboardInterrupt": (
+        Told([KeyboardInterrupt()]),
+        "step: RuntimeError: KeyboardInterrupt",
+    ),
     "step hangs": (Told([hang]), "step gave no answer within 0.2 s"),
     "step hangs, awaited": (Awaited([never]), "step gave no answer within 0.2 s"),
     "step cancels": (Awaited([asyncio.CancelledError()]), "step: CancelledError"),

@@ -19,6 +19,7 @@ from retool.data.tokens import fast_tokenizer
 from retool.rl.agent.episode import Episode, Sampled
 from retool.rl.agent.loop import run_episode
 from retool.rl.agent.options import Agent, AgentOptions
+from retool.rl.agent.tools.on_thread import on_thread
 from retool.rl.agent.tools.protocol import ToolResult
 from retool.rl.agent.truncation import cut_text
 from retool.rl.types import Prompt, Stop
@@ -304,6 +305,7 @@ def test_tools_that_raise_hang_and_break(renderer_of, tool_row) -> None:
         (lambda: given(sys.exit, 3), "SystemExit: 3"),
         (lambda: untold(), "Untold, whose text can't be made"),
         (lambda: given(cancelled), "CancelledError"),
+        (lambda: on_thread(interrupted), "RuntimeError: KeyboardInterrupt"),
     ],
 )
 def test_whatever_a_tool_gives_or_raises_is_its_error_not_the_runs(
@@ -334,6 +336,10 @@ async def given(make, *arguments):
 
 def cancelled():
     raise asyncio.CancelledError
+
+
+def interrupted():
+    raise KeyboardInterrupt
 
 
 def test_a_tool_that_does_not_heed_being_cancelled_is_left_to_itself(renderer_of, tool_row) -> None:

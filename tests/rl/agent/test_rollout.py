@@ -9,6 +9,7 @@ import json
 import threading
 import time
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from retool.rl.agent.rollout import Overlong, RolloutParts, RolloutTimes, Sampli
 from retool.rl.agent.tools.interpreter import SCHEMA, CodeInterpreter
 from retool.rl.agent.tools.protocol import ToolResult
 from retool.rl.agent.work_thread import WorkThread
+from retool.rl.collect import _sample_share
 from retool.rl.failures import warn_of_failures
 from retool.rl.report import write_training, write_validation
 from retool.rl.reward.protocol import Judged
@@ -325,6 +327,37 @@ def test_a_quick_tool_s_answer_is_in_the_next_engine_step(renderer_of) -> None:
     parts = replace(parts, engine=Busy(engine.renderer, engine.script))
     asyncio.run(roll_out(parts, [(prompt_of(parts.renderer, 0), 0)], Sampling(), 0))
     assert extended == [1, 2]
+
+
+class Interrupted(Tool):
+    async def call(self, arguments):
+        await asyncio.sleep(self.seconds)
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_leaves_nothing_that_would_sample_on(renderer_of) -> None:
+    """The event loop runs once more, to close the tools; the engine's other ranks are gone then."""
+
+    class Shared(PlayedBack):
+        ends = 0
+
+        def end(self):
+            self.ends += 1
+
+    renderer = renderer_of("hermes")
+    script = {0: [called("1"), "42"], 1: ["42"] * 9, 2: ["42"] * 9}
+    parts, _ = parts_of(renderer, script, Interrupted(0))
+    engine = Shared(renderer, script)
+    loop = asyncio.new_event_loop()
+    run = SimpleNamespace(rollout=replace(parts, engine=engine), engine=engine, loop=loop)
+    requests = [(prompt_of(renderer, i), 0) for i in range(3)]
+    with pytest.raises(KeyboardInterrupt):
+        _sample_share(run, requests, Sampling(), 0, RolloutTimes())
+    assert engine.ends == 1 and not engine.live and not asyncio.all_tasks(loop)
+    steps = engine.steps
+    loop.run_until_complete(asyncio.sleep(0.01))
+    loop.close()
+    assert engine.steps == steps
 
 
 def test_an_episode_s_error_ends_it_at_once(renderer_of) -> None:

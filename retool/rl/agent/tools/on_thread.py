@@ -73,7 +73,9 @@ def settle(answer: asyncio.Future[Any], value: Any, error: BaseException | None)
         return
     if error is None:
         answer.set_result(value)
-    elif isinstance(error, StopIteration):  # which a future can't hold
-        answer.set_exception(RuntimeError("StopIteration"))
+    elif isinstance(error, (StopIteration, KeyboardInterrupt)):
+        # A future can't hold the one. The other is no Ctrl-C, which only the main thread hears of,
+        # and would end the event loop of whoever waits.
+        answer.set_exception(RuntimeError(type(error).__name__))
     else:
         answer.set_exception(error)
