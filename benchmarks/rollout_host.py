@@ -2,21 +2,22 @@
 by the time that it takes.
 
     python benchmarks/rollout_host.py [--model FOLDER] [--sequences 640] [--rate 0,1000,300] [--json out.json]
-    python benchmarks/rollout_host.py --interpreter       calls run in this machine's sandbox, in real time
+    python benchmarks/rollout_host.py --engine qwen2.5-0.5b        the same round on this GPU
+    … --interpreter                                                calls run in this machine's sandbox
 
-Scheduler, pipeline, agent loop, tokenizer and the reading of calls are a run's own; what a forward
-draws was written before. A decode step takes `--step-ms` and `--row-us` for each row, chunks
-`--step-ms` and `--token-us` for each token: by default about what Qwen2.5-0.5B takes on an H200 with
-a few hundred tokens before each row. `--launch-us` is what a launch keeps the host waiting besides.
-FOLDER has a tokenizer with a chat template; without it a small one is trained.
+Scheduler, pipeline, agent loop, tokenizer and the reading of calls are a run's own; what turns say
+was written before. A decode step takes `--step-ms` and `--row-us` for each row, chunks `--step-ms`
+and `--token-us` for each token: by default about what Qwen2.5-0.5B takes on an H200 with a few
+hundred tokens before each row. A launch keeps the host waiting for `--launch-us` besides. FOLDER has
+a tokenizer with a chat template; without it a small one is trained.
 
 The tool takes `--tool-ms` and begins at most as many calls a second as `--rate` says (0: any
 number). Time is the thread's CPU time and what it waits, which is passed over: as on a machine that
-has nothing else to do.
+has nothing else to do. With a real engine or interpreter it is the clock's.
 
-*s*: a round. *device*: the part in which the device had work, the baseline: as long takes a host
-that costs nothing. *tools*: `timing_s/tools`. *host*: CPU milliseconds of a turn, all told; fewer
-rows in a step make it more. `--profile N` prints the functions that took most.
+*s*: a round. *device*: the part in which the device had work, the baseline: a host that costs
+nothing takes as long. *tools* and *loop*: `timing_s/tools` and `timing_s/loop`. *host*: CPU
+milliseconds of a turn, steps included. `--profile N` prints the functions that took most.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from __future__ import annotations
 import asyncio
 import cProfile
 import json
+import math
 import pstats
 import selectors
 import statistics
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,11 +42,13 @@ import numpy as np
 import torch
 from agent_loop import InstantJudge
 from rl_step import write_model
+from sft import SHAPES, random_weights
 from table import arguments, hardware, head, row, save
 from torch import Tensor
 
 from retool.data.render.renderer import Renderer
 from retool.data.tokens.load import load_tokenizer
+from retool.engine import Engine
 from retool.engine.chunks import Chunks
 from retool.engine.decode import DecodeLoop
 from retool.engine.pipeline import Pipeline
@@ -52,7 +56,10 @@ from retool.engine.runner import Flight
 from retool.engine.schedule.batch import Batch, Change
 from retool.engine.schedule.pages import PagePool
 from retool.engine.schedule.scheduler import Scheduler
-from retool.engine.types import EngineOptions, SamplingParams, TurnDone
+from retool.engine.types import EngineOptions, SamplingParams, Stats, TurnDone
+from retool.model.build import ModelOptions, build_decoder
+from retool.parallel.mesh import make_mesh
+from retool.perf import GIB
 from retool.rl.agent.options import AgentOptions
 from retool.rl.agent.rollout import RolloutParts, RolloutTimes, Sampling, roll_out
 from retool.rl.agent.tools.interpreter import SCHEMA, CodeInterpreter
@@ -60,6 +67,17 @@ from retool.rl.agent.tools.protocol import AnyTool, ToolResult
 from retool.rl.types import Prompt
 
 SAMPLES = 16  # of each prompt
+COLUMNS = [
+    "tool",
+    "s",
+    "device",
+    "tools",
+    "loop",
+    "steps",
+    "tokens/s",
+    "queue, s a call",
+    "host, ms a turn",
+]
 LONGEST = 4096  # tokens of an answer with its prompt
 PAGE_SIZE = 256
 
@@ -116,21 +134,21 @@ class Device:
     launch_us: float
     free_at: float = 0.0
     busy: float = 0.0
-    steps: int = 0
 
-    def enqueue(self, seconds: float) -> float:
-        """When this work will be over."""
+    def flight(self, seconds: float, rows: int) -> Flight:
+        """Work that takes so long, and draws for so many rows."""
         self.clock.wait(self.launch_us / 1e6)
         self.free_at = max(self.free_at, self.clock.now()) + seconds
         self.busy += seconds
-        self.steps += 1
-        return self.free_at
+        drawn = torch.zeros(3, rows)
+        arrived: Any = Arrival(self.clock, self.free_at)
+        return Flight(drawn, arrived, drawn)
 
-    def decode(self, rows: int) -> float:
-        return self.enqueue(self.step_ms / 1e3 + rows * self.row_us / 1e6)
+    def decode(self, rows: int) -> Flight:
+        return self.flight(self.step_ms / 1e3 + rows * self.row_us / 1e6, rows)
 
-    def chunks(self, tokens: int) -> float:
-        return self.enqueue(self.step_ms / 1e3 + tokens * self.token_us / 1e6)
+    def chunks(self, tokens: int, rows: int) -> Flight:
+        return self.flight(self.step_ms / 1e3 + tokens * self.token_us / 1e6, rows)
 
 
 @dataclass(frozen=True)
@@ -144,87 +162,92 @@ class Arrival:
         self.clock.wait(self.at - self.clock.now())
 
 
-class Script:
-    """What sequences draw: a token for each of their places."""
-
-    def __init__(self, sequences: int) -> None:
-        self.tokens = np.zeros((sequences, LONGEST), np.int64)
-
-    def drawn(self, keys: np.ndarray, places: np.ndarray) -> Tensor:
-        """[3, R], as a step draws; a key is the number of its sequence."""
-        out = np.zeros((3, len(keys)), np.float32)
-        out[0] = self.tokens[keys, np.minimum(places, LONGEST - 1)]
-        return torch.from_numpy(out)
-
-
-class ScriptedLoop(DecodeLoop):
-    """The decode loop with steps that only draw."""
+class TimedLoop(DecodeLoop):
+    """The decode loop, whose steps draw nothing in particular."""
 
     device: Device
-    script: Script
 
     def _run(self) -> Flight:
-        rows = self.rows
-        over = self.device.decode(rows)
-        self.positions[:rows].add_(1)
-        out = self.script.drawn(self.keys[:rows].numpy(), self.positions[:rows].numpy())
-        self.tokens[:rows].copy_(out[0])
-        return Flight(out, Arrival(self.device.clock, over), out)  # type: ignore[arg-type]
+        self.positions[: self.rows].add_(1)
+        return self.device.decode(self.rows)
 
 
-class ScriptedChunks(Chunks):
-    """Likewise of chunks."""
+class TimedChunks(Chunks):
+    """Chunks likewise."""
 
     device: Device
-    script: Script
 
     def run(self, batch: Batch) -> Flight:
-        tokens, items, _ = self.shape(len(batch.tokens), len(batch.counts), int(batch.counts.max()))
+        shape = self.shape(len(batch.tokens), len(batch.counts), int(batch.counts.max()))
+        tokens, items, _ = shape
         self._fill(batch, tokens, items)
-        over = self.device.chunks(tokens)
-        out = self.script.drawn(batch.keys, batch.positions[batch.rows] + 1)
-        return Flight(out, Arrival(self.device.clock, over), out)  # type: ignore[arg-type]
+        return self.device.chunks(tokens, len(batch.rows))
 
 
-class ScriptedWorker:
-    """A worker's part towards the pipeline."""
+class TimedWorker:
+    """What a pipeline needs of a worker."""
 
-    def __init__(self, device: Device, script: Script, options: EngineOptions) -> None:
+    def __init__(self, device: Device, options: EngineOptions) -> None:
         width = LONGEST // PAGE_SIZE
         cache = SimpleNamespace(data=torch.zeros(1), page_size=PAGE_SIZE, copy=lambda copies: None)
-        model: Any = SimpleNamespace(
-            cache=cache, plan=SimpleNamespace(sp=1), experts=None, group=None, kernels="triton"
-        )
+        plan = SimpleNamespace(sp=1)
+        model: Any = SimpleNamespace(cache=cache, plan=plan, experts=None, group=None)
+        rows = options.max_num_seqs
         self.model = model
-        self.loop = ScriptedLoop(model, options.max_num_seqs, width, None, fixed=False)
-        self.chunks = ScriptedChunks(
-            model, options.max_batch_tokens, options.max_num_seqs, width, None
-        )
-        for part in (self.loop, self.chunks):
-            part.device = device
-            part.script = script
+        self.loop = TimedLoop(model, rows, width, None, fixed=False)
+        self.chunks = TimedChunks(model, options.max_batch_tokens, rows, width, None)
+        self.loop.device = device
+        self.chunks.device = device
         self._drawn: Tensor | None = None
 
     def run(self, kind: str, work: Batch | Change) -> Flight | None:
         if isinstance(work, Change):
             return self.loop.again(work, self._drawn)
-        if kind == "chunks":
-            flight = self.chunks.run(work)
-            self._drawn = flight.on_device
-            return flight
-        return self.loop.start(work)
+        if kind == "start":
+            return self.loop.start(work)
+        flight = self.chunks.run(work)
+        self._drawn = flight.on_device
+        return flight
+
+
+class TimedEngine:
+    """The engine over such a device: scheduler and pipeline are the real ones."""
+
+    def __init__(self, device: Device, options: EngineOptions) -> None:
+        rows = options.max_num_seqs
+        pool = PagePool(rows * LONGEST // PAGE_SIZE + 1, PAGE_SIZE)
+        self.scheduler = Scheduler(pool, rows, options.max_batch_tokens, LONGEST)
+        worker: Any = TimedWorker(device, options)
+        self.pipeline = Pipeline(self.scheduler, worker, options)
+        self.extend = self.scheduler.extend
+        self.drop = self.scheduler.drop
+        self.step = self.pipeline.step
+
+    def start(
+        self,
+        key: Hashable,
+        ids: Sequence[int],
+        params: SamplingParams,
+        group: Hashable | None = None,
+    ) -> None:
+        self.scheduler.start(key, list(ids), params, group)
+
+    def idle(self) -> bool:
+        s = self.scheduler
+        return not (s.running or s.waiting or s.refused)
+
+    @property
+    def stats(self) -> Stats:
+        return self.scheduler.stats
 
 
 @dataclass
-class ScriptedEngine:
-    """The engine of a rank, whose sequences say `turns` of tokens, one after the other."""
+class Scripted:
+    """An engine whose turns are as long as those written before, and then say what they say."""
 
+    engine: Any
     turns: Callable[[Hashable], list[list[int]]]
-    scheduler: Scheduler
-    pipeline: Pipeline
-    script: Script
     left: dict[Hashable, list[list[int]]] = field(default_factory=dict)
-    numbers: dict[Hashable, int] = field(default_factory=dict)
 
     def start(
         self,
@@ -234,31 +257,26 @@ class ScriptedEngine:
         group: Hashable | None = None,
     ) -> None:
         self.left[key] = self.turns(key)
-        self.numbers[key] = len(self.numbers)
-        self.scheduler.start(key, list(ids), params, group)
-        self._write(key)
+        self.engine.start(key, ids, self._as_long(key, params), group)
 
     def extend(self, key: Hashable, ids: Sequence[int], params: SamplingParams) -> None:
-        self.scheduler.extend(key, list(ids), params)
-        self._write(key)
+        self.engine.extend(key, ids, self._as_long(key, params))
 
-    def _write(self, key: Hashable) -> None:
-        sequence = self.scheduler.sequences[key]
-        number = self.numbers[key]
-        sequence.draw_key = number
-        begin = len(sequence.tokens)
-        turn = self.left[key].pop(0)
-        self.script.tokens[number, begin : begin + len(turn)] = turn
+    def _as_long(self, key: Hashable, params: SamplingParams) -> SamplingParams:
+        return replace(params, max_tokens=len(self.left[key][0]), stop_ids=())
 
     def drop(self, key: Hashable) -> None:
-        self.scheduler.drop(key)
+        self.engine.drop(key)
 
     def idle(self) -> bool:
-        s = self.scheduler
-        return not (s.running or s.waiting or s.refused)
+        return self.engine.idle()
 
     def step(self) -> list[TurnDone]:
-        return self.pipeline.step()
+        done = []
+        for turn in self.engine.step():
+            tokens = self.left[turn.key].pop(0)
+            done.append(replace(turn, tokens=tokens, reason="stop"))
+        return done
 
 
 @dataclass
@@ -312,15 +330,16 @@ def written_turns(renderer: Renderer, args: Namespace) -> Callable[[Hashable], l
     return turns
 
 
-def make_engine(renderer: Renderer, clock: Clock, args: Namespace) -> tuple[ScriptedEngine, Device]:
-    options = EngineOptions(max_num_seqs=args.sequences, max_batch_tokens=max(8192, args.sequences))
-    device = Device(clock, args.step_ms, args.row_us, args.token_us, args.launch_us)
-    script = Script(args.sequences)
-    pool = PagePool(args.sequences * LONGEST // PAGE_SIZE + 1, PAGE_SIZE)
-    scheduler = Scheduler(pool, options.max_num_seqs, options.max_batch_tokens, LONGEST)
-    worker: Any = ScriptedWorker(device, script, options)
-    pipeline = Pipeline(scheduler, worker, options)
-    return ScriptedEngine(written_turns(renderer, args), scheduler, pipeline, script), device
+def real_engine(shape: str, vocab: int, options: EngineOptions, device: str) -> Engine:
+    """retool's engine with random weights."""
+    config = SHAPES[shape]
+    config = replace(config, vocab=max(config.vocab, -(-vocab // 64) * 64))
+    mesh = make_mesh(device=device)
+    model = build_decoder(config, mesh, ModelOptions(fp32_residual=True))
+    random_weights(model)
+    engine = Engine(config, mesh.device, options)
+    engine.sync(model)
+    return engine
 
 
 def make_prompts(renderer: Renderer, args: Namespace) -> list[tuple[Prompt, int]]:
@@ -334,16 +353,28 @@ def make_prompts(renderer: Renderer, args: Namespace) -> list[tuple[Prompt, int]
     return requests[: args.sequences]
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What a line is measured with; `device` where the engine has a timed one."""
+
+    engine: Any
+    device: Device | None
+    tool: AnyTool
+    clock: Clock
+
+
 def play(
-    renderer: Renderer, clock: Clock, tool: AnyTool, args: Namespace, profile: cProfile.Profile
+    stage: Stage, renderer: Renderer, args: Namespace, profile: cProfile.Profile
 ) -> dict[str, float]:
     """One round."""
-    options = AgentOptions(max_response_length=LONGEST - 1024, max_assistant_turns=100)
-    engine, device = make_engine(renderer, clock, args)
-    parts = RolloutParts(engine, InstantJudge(), {tool.name: tool}, renderer, options)
+    agent = AgentOptions(max_response_length=LONGEST - 1024, max_assistant_turns=100)
+    engine = Scripted(stage.engine, written_turns(renderer, args))
+    parts = RolloutParts(engine, InstantJudge(), {stage.tool.name: stage.tool}, renderer, agent)
     requests = make_prompts(renderer, args)
     times = RolloutTimes()
-    loop = event_loop(clock)
+    loop = event_loop(stage.clock)
+    steps = stage.engine.stats.steps
+    busy = stage.device.busy if stage.device else math.nan
     before = time.thread_time()
     if args.profile:
         profile.enable()
@@ -358,23 +389,21 @@ def play(
     queued = sum(trajectory.tool_queue_seconds for trajectory in trajectories)
     return {
         "seconds": times.total,
-        "device": device.busy,
+        "device": stage.device.busy - busy if stage.device else math.nan,
         "tools": times.tools,
-        "steps": device.steps,
+        "loop": times.loop,
+        "steps": stage.engine.stats.steps - steps,
         "tokens": sum(trajectory.sampled for trajectory in trajectories),
-        "calls": calls,
         "queue_s": queued / max(calls, 1),
         "host_ms": 1e3 * cpu / (calls + len(trajectories)),
     }
 
 
-def measure(
-    renderer: Renderer, clock: Clock, tool: AnyTool, args: Namespace
-) -> dict[str, list[float]]:
+def measure(stage: Stage, renderer: Renderer, args: Namespace) -> dict[str, list[float]]:
     """The rounds of a line, after one that warms up."""
-    play(renderer, clock, tool, args, cProfile.Profile())
     profile = cProfile.Profile()
-    rounds = [play(renderer, clock, tool, args, profile) for _ in range(args.repeats)]
+    play(stage, renderer, args, cProfile.Profile())
+    rounds = [play(stage, renderer, args, profile) for _ in range(args.repeats)]
     if args.profile:
         pstats.Stats(profile).strip_dirs().sort_stats("tottime").print_stats(args.profile)
     return {name: [each[name] for each in rounds] for name in rounds[0]}
@@ -387,6 +416,7 @@ def cells(line: dict[str, Any]) -> list[str]:
         f"{m['seconds']:.2f}",
         f"{m['device']:.2f}",
         f"{m['tools']:.2f}",
+        f"{m['loop']:.2f}",
         f"{m['steps']:,.0f}",
         f"{m['tokens'] / m['seconds']:,.0f}",
         f"{m['queue_s']:.3f}",
@@ -394,20 +424,35 @@ def cells(line: dict[str, Any]) -> list[str]:
     ]
 
 
-def make_tools(clock: Clock, args: Namespace) -> dict[str, AnyTool]:
+def make_stages(renderer: Renderer, args: Namespace) -> Iterator[tuple[str, Stage]]:
+    real = args.interpreter or args.engine is not None
+    clock = Clock(real)
+    options = EngineOptions(
+        max_num_seqs=args.sequences,
+        max_batch_tokens=max(8192, args.sequences),
+        max_length=LONGEST,
+        kv_bytes=int(args.kv_gib * GIB),
+    )
+    device = None
+    if args.engine:
+        engine: Any = real_engine(args.engine, len(renderer.tokenizer), options, args.device)
+    else:
+        device = Device(clock, args.step_ms, args.row_us, args.token_us, args.launch_us)
+        engine = TimedEngine(device, options)
     if args.interpreter:
-        return {"the sandbox": CodeInterpreter()}
-    tools: dict[str, AnyTool] = {}
+        yield "the sandbox", Stage(engine, device, CodeInterpreter(), clock)
+        return
     for rate in map(float, args.rate.split(",")):
         name = f"{rate:,.0f} calls/s" if rate else "any number of calls"
-        tools[name] = TimedTool(clock, args.tool_ms / 1e3, rate)
-    return tools
+        yield name, Stage(engine, device, TimedTool(clock, args.tool_ms / 1e3, rate), clock)
 
 
-def main() -> None:
+def parse() -> Namespace:
     parser = arguments(__doc__)
     parser.set_defaults(repeats=3)
     parser.add_argument("--model", type=Path, help="folder with a tokenizer and chat template")
+    parser.add_argument("--engine", choices=list(SHAPES), help="the real one, of this shape")
+    parser.add_argument("--kv-gib", type=float, default=24.0)
     parser.add_argument("--sequences", type=int, default=640)
     parser.add_argument("--prompt", type=int, default=240, help="tokens, about")
     parser.add_argument("--calls", type=float, default=3.4, help="of an answer, on average")
@@ -420,35 +465,27 @@ def main() -> None:
     parser.add_argument("--rate", default="0,1000,300", help="calls a second, one row each")
     parser.add_argument("--interpreter", action="store_true")
     parser.add_argument("--profile", type=int, default=0)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
     torch.set_num_threads(1)
-    cpu = torch.device("cpu")
-    clock = Clock(real=args.interpreter)
+    device = torch.device(args.device if args.engine else "cpu")
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or Path(folder)
         if args.model is None:
             write_model(model, "tiny")
         renderer = Renderer(load_tokenizer(str(model)), None)
-        head(
-            f"{hardware(cpu)}; {args.sequences} answers of {args.calls:g} calls",
-            [
-                "tool",
-                "s",
-                "device",
-                "tools",
-                "steps",
-                "tokens/s",
-                "queue, s a call",
-                "host, ms a turn",
-            ],
-        )
-        for name, tool in make_tools(clock, args).items():
-            line = {"name": name, **measure(renderer, clock, tool, args)}
-            lines.append(line)
-            row(cells(line))
-            save(args.json, cpu, lines)
-            asyncio.run(tool.close())
+    title = f"{hardware(device)}; {args.sequences} answers of {args.calls:g} calls"
+    head(title, COLUMNS)
+    for name, stage in make_stages(renderer, args):
+        line = {"name": name, **measure(stage, renderer, args)}
+        lines.append(line)
+        row(cells(line))
+        save(args.json, device, lines)
+        asyncio.run(stage.tool.close())
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ timing_s/tools | Waiting for tools | seconds | down noisy
 timing_s/reward | Waiting for scores | seconds | down noisy
     Seconds in which the run waited for scores and the engine had no token to sample.
 timing_s/loop | Between the sampler's steps | seconds | down noisy
-    Seconds of sampling in which calls were read and answers tokenised; then the engine gets no new work.
+    Seconds of sampling in which calls were read and answers tokenised, while the GPU computed one step at most.
 timing_s/step | Time of a step | seconds | down noisy
     Seconds of a step, without validation and saving.
 """
