@@ -93,6 +93,8 @@ def test_keys_reach_what_they_name(
 ) -> None:
     monkeypatch.setattr(interpreter, "_open_backend", lambda config: None)  # starts no sandbox
     monkeypatch.setattr(checks, "sandbox_faults", lambda *_: [])
+    opened = list[tuple[object, ...]]()
+    monkeypatch.setattr(build, "ServerEngine", lambda *arguments: opened.append(arguments))
     multi = f"{ROLLOUT}multi_turn."
     report = check(
         work,
@@ -100,6 +102,9 @@ def test_keys_reach_what_they_name(
         "trainer.device=cpu",
         f"data.val_files={work}/train.jsonl",
         "data.val_max_samples=3",
+        f"{ROLLOUT}name=server",
+        f"{ROLLOUT}server.urls=[http://127.0.0.1:1]",
+        f"{ROLLOUT}server.weights_dir={tmp_path}/handed",
         f"{ROLLOUT}max_num_seqs=16",
         f"{ROLLOUT}max_num_batched_tokens=300",
         f"{multi}enable=true",
@@ -107,6 +112,7 @@ def test_keys_reach_what_they_name(
         f"{multi}tool_isolation=best_effort",
         f"{multi}tool_workers=1",
         f"{multi}tool_timeout_seconds=7",
+        planning=True,
     )
     assert report.val is not None and len(report.val.prompts) == 3
     options = engine_options(report.config)
@@ -116,24 +122,9 @@ def test_keys_reach_what_they_name(
     limits = tool.interpreter.config
     assert (limits.workers, limits.default_timeout) == (1, 7)
     assert (limits.isolation, limits.session) == ("best_effort", True)
-
-
-def test_weights_for_servers_go_by_the_folder_that_is_asked_for(
-    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened = list[tuple[object, ...]]()
-    monkeypatch.setattr(build, "ServerEngine", lambda *arguments: opened.append(arguments))
-    report = check(
-        work,
-        tmp_path / "out",
-        "trainer.device=cpu",
-        f"{ROLLOUT}name=server",
-        f"{ROLLOUT}server.urls=[http://127.0.0.1:1]",
-        f"{ROLLOUT}server.weights_dir={tmp_path}/handed",
-        planning=True,
-    )
     build.open_engine(report, Mesh(0, 1, 1, 1, torch.device("cpu")), 1)
-    assert [folder for _, folder, _ in opened] == [tmp_path / "handed"]
+    ((_, weights, _),) = opened
+    assert weights == tmp_path / "handed"
 
 
 def test_files_that_are_not_there_are_told_with_a_model_that_is_not(
