@@ -271,12 +271,12 @@ def audit_command(config: SFTConfig, files: Sequence[str]) -> str:
         "--messages-key": multi.messages_key,
         "--tools-key": multi.tools_key,
         "--enable-thinking-key": multi.enable_thinking_key,
+        "--prompt-key": data.prompt_key,
+        "--response-key": data.response_key,
         "--rows": f"{data.custom_cls.path}:{data.custom_cls.name}"
         if data.custom_cls.path
         else None,
     }
-    if not multi.enable:
-        given |= {"--prompt-key": data.prompt_key, "--response-key": data.response_key}
     # Compared with the audit's own defaults: a command to paste should hold no word that changes
     # nothing.
     usual = vars(audit_parser().parse_args(["audit", "FILE", "--model", ""])) | {

@@ -19,7 +19,7 @@ from retool.data.render.renderer import Renderer
 from retool.data.render.rendering import Rendering
 from retool.data.template.choose import exported_template, shows_contents_as_they_are
 from retool.sft.config import SYNONYMS, SFTConfig
-from retool.sft.preflight import audit_command, rendering_of
+from retool.sft.preflight import audit_command, rendering_of, row_format
 from tests.data.templates_table import CONVERSATIONS, FOLDER, call, said, small_tokenizer, tool
 
 CHATML = """{%- for m in messages -%}
@@ -372,6 +372,25 @@ def test_settings_that_refusals_name_are_a_run_s(tmp_path):
         assert made.chat_template == "hermes" and made.history == "split"
         assert made.template_kwargs == {"enable_thinking": True}
         assert f"--{setting.replace('_', '-')}" in audit_command(config, ["rows.jsonl"]).split()
+
+
+def test_the_audit_reads_the_columns_that_the_run_does() -> None:
+    keys = ["messages", "tools", "enable-thinking", "prompt", "response"]
+    words = [
+        "model.partial_pretrain=m",
+        "data.train_files=rows.jsonl",
+        "data.format=prompt_response",
+    ]
+    for key in keys:
+        place = "data" if key in ("prompt", "response") else "data.multiturn"
+        words.append(f"{place}.{key.replace('-', '_')}_key=my_{key}")
+    config = parse(SFTConfig, words, SYNONYMS)
+    read = row_format(config)
+    command = audit_command(config, ["rows.jsonl"])
+    for key in keys:
+        assert getattr(read, f"{key.replace('-', '_')}_key") == f"my_{key}"
+        assert f"--{key}-key my_{key}" in command
+    assert "--format prompt_response" in command and read.format == "prompt_response"
 
 
 # -- other fields
