@@ -272,7 +272,8 @@ def _commit(
     write_config(target, mesh.world, mesh.shards, snapshot.step, files)
     # The files are on the disk. Their folders' entries must be, too, before the name says that all
     # is there.
-    for folder in {temporary, target, export}:
+    inside_export = {path for path in export.rglob("*") if path.is_dir()}
+    for folder in {temporary, target, export, *inside_export}:
         fsync(folder)
     # Once more: it may have been moved or deleted during the minutes in which the files were
     # written.

@@ -197,16 +197,22 @@ def test_a_head_that_is_not_there_says_how_to_tie_it(tmp_path: Path) -> None:
     assert not refusal(str(tmp_path))
 
 
-def test_a_merge_keeps_a_head_that_was_trained_apart(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "said"), [("qwen2", True), ("gemma2", None)])
+def test_a_merge_keeps_a_head_that_was_trained_apart(
+    tmp_path: Path, family: str, said: bool | None
+) -> None:
     """Another program's checkpoint of such a model has two matrices, under a config.json that says
-    they are one.
+    they are one, or by its silence.
     """
     source = tmp_path / "model"
-    make(source, "qwen2", tie_word_embeddings=False)
+    make(source, family, tie_word_embeddings=False)
     config = source / "config.json"
     mesh = make_mesh()
     model = load_pretrained(source, mesh)
-    config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": True}))
+    content = json.loads(config.read_text()) | {"tie_word_embeddings": said}
+    config.write_text(
+        json.dumps({key: content[key] for key in content if content[key] is not None})
+    )
     run = tmp_path / "run"
     options = checkpoint.SaveOptions(contents=("model", "optimizer", "extra"))
     state = checkpoint.ModelState(model.layout, model.master)

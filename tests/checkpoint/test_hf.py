@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import locale
 from pathlib import Path
 
 import pytest
@@ -281,7 +282,8 @@ def test_side_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
     for name, content in kept.items():
         (source / name).write_bytes(content)
     (source / "tokenizer_config.json").write_text('{"chat_template": "old", "eos_token": "x"}')
-    (source / "config.json").write_text('{"torch_dtype": "float32"}')
+    config = '{"torch_dtype": "float32", "by": "千问"}'
+    (source / "config.json").write_text(config, encoding="utf-8")
     for name in (
         "model.safetensors",
         "model.safetensors.index.json",
@@ -289,7 +291,12 @@ def test_side_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
         "README.md",
     ):
         (source / name).write_text("x")
-    copy_side_files(source, target, torch.bfloat16, chat_template="new")
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    try:
+        copy_side_files(source, target, torch.bfloat16, chat_template="new")
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
     assert {p.name for p in target.iterdir()} == {
         *kept,
         "tokenizer_config.json",
@@ -297,7 +304,8 @@ def test_side_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
         "chat_template.jinja",
     }
     assert all((target / name).read_bytes() == content for name, content in kept.items())
-    assert (target / "config.json").read_text() == '{"torch_dtype": "bfloat16"}'
+    found = (target / "config.json").read_text(encoding="utf-8")
+    assert found == config.replace("float32", "bfloat16")
     assert json.loads((target / "tokenizer_config.json").read_text()) == {
         "chat_template": "new",
         "eos_token": "x",

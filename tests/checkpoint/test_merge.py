@@ -90,6 +90,20 @@ def test_merging_our_shards_gives_the_export(tmp_path: Path, world: int) -> None
     )
 
 
+def test_a_head_is_the_embedding_where_the_model_type_has_it_so(tmp_path: Path) -> None:
+    """Gemma's config.json doesn't say that they are tied."""
+    source = states.source_model(tmp_path / "source")
+    (source / "config.json").write_text('{"model_type": "gemma2"}')
+    assert states.save(str(tmp_path / "run")) == [None]
+    folder = tmp_path / "run/global_step_5"
+    two = tmp_path / "two"
+    assert main(["convert", str(folder), "--world-size", "2", "--out", str(two)]) == 0
+    assert main(["merge", str(two), "--out", str(tmp_path / "out")]) == 0
+    merged = states.exported(tmp_path / "out")
+    export = states.exported(folder / "huggingface")
+    assert merged.keys() == export.keys() and all(torch.equal(merged[n], export[n]) for n in export)
+
+
 @pytest.mark.parametrize(
     ("writers", "world"),
     [

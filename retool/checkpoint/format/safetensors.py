@@ -204,7 +204,7 @@ class WeightsWriter:
                 "metadata": {"total_size": total},
                 "weight_map": {name: file for file, names in self.plan for name in names},
             }
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def abandon(self) -> None:
         """Close without checking, after an error."""

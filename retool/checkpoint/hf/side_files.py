@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ def copy_side_files(
         elif path.is_file() and path.suffix in SIDE_SUFFIXES and not NOT_SIDE.fullmatch(path.name):
             if path.name in CONFIGS_WITH_DTYPE:
                 text = with_dtype(_text(path), dtype, add=path.name == "config.json")
-                (target / path.name).write_text(text)
+                (target / path.name).write_text(text, encoding="utf-8")
             else:
                 shutil.copyfile(path, target / path.name)
     if chat_template is not None:
@@ -103,14 +104,29 @@ def with_dtype(text: str, dtype: torch.dtype, add: bool) -> str:
 
 
 def tied(config_folder: Path) -> bool:
-    """Whether config.json says that the head is the embedding.
-
-    Llama and Qwen default to no where it says nothing.
+    """Whether config.json says that the head is the embedding; where it says nothing, as Gemma's,
+    whether transformers' models of its type have it so.
     """
     path = config_folder / "config.json"
-    return path.exists() and bool(read_json_object(path).get("tie_word_embeddings", False))
+    if not path.exists():
+        return False
+    config = read_json_object(path)
+    said = config.get("tie_word_embeddings")
+    return _usually_tied(config.get("model_type")) if said is None else bool(said)
+
+
+def _usually_tied(model_type: Any) -> bool:
+    # Here, as most files say it and the import takes seconds
+    from transformers import CONFIG_MAPPING
+
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        return False
+    return bool(getattr(CONFIG_MAPPING[model_type](), "tie_word_embeddings", False))
 
 
 def untie(config: Path) -> None:
     """Let a config.json say that the head isn't the embedding; every other byte stays."""
-    config.write_text(re.sub(r'("tie_word_embeddings"\s*:\s*)true', r"\g<1>false", _text(config)))
+    text, count = re.subn(r'("tie_word_embeddings"\s*:\s*)true', r"\g<1>false", _text(config))
+    if count == 0:
+        text = re.sub(r"^\s*\{", '{\n  "tie_word_embeddings": false,', text, count=1)
+    config.write_text(text, encoding="utf-8")

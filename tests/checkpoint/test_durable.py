@@ -1,0 +1,85 @@
+"""The order of a save on the disk: what a power cut at any instant would leave. Nothing may get its
+name before it is synced, and the older checkpoint goes last.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retool import checkpoint
+from retool.checkpoint.format.folder import MARK
+from tests.checkpoint import states
+
+
+@dataclass
+class Disk:
+    """What has been synced, and what happened to names, in order."""
+
+    synced: dict[int, Any] = field(default_factory=dict)  # inode → what of it would survive
+    events: list[str] = field(default_factory=list)
+
+    def sync(self, descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        self.synced[path.stat().st_ino] = lasting(path)
+        self.events.append(f"sync {path.name}")
+
+    def rename(self, old: Path, new: Path) -> None:
+        # Of the mark only the name counts
+        for path in (old, *(inside for inside in old.rglob("*") if inside.name != MARK)):
+            assert self.synced.get(path.stat().st_ino) == lasting(path), f"{path} may be lost"
+        self.events.append(f"{old.name} → {new.name}")
+
+
+def lasting(path: Path) -> Any:
+    """The names in a folder, or a file's bytes."""
+    return sorted(os.listdir(path)) if path.is_dir() else path.read_bytes()
+
+
+def test_a_power_cut_at_any_instant_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = states.source_model(tmp_path / "source")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    root = tmp_path / "run"
+    assert states.save(str(root), steps=(5,)) == [None]
+    disk = Disk()
+    fsync = os.fsync
+
+    def watch(name: str) -> None:
+        real = getattr(Path, name)
+
+        def renamed(old: Path, new: Path) -> Path:
+            if new.suffix != ".tmp":
+                disk.rename(old, new)
+            else:
+                disk.events.append(f"{old.name} goes")
+            return real(old, new)
+
+        monkeypatch.setattr(Path, name, renamed)
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        disk.sync(descriptor)
+
+    watch("rename")
+    watch("replace")
+    monkeypatch.setattr(os, "fsync", synced)
+    assert states.save(str(root), steps=(6,), keep=1) == [None]
+    monkeypatch.undo()
+
+    tracker = "latest_checkpointed_iteration.txt"
+    named = disk.events.index("global_step_6.tmp → global_step_6")
+    assert disk.events[named + 1 :] == [
+        "sync run",
+        f"sync .{tracker}.tmp",
+        f".{tracker}.tmp → {tracker}",
+        "sync run",
+        "global_step_5 goes",
+    ]
+    assert checkpoint.latest(root) == root / "global_step_6"
