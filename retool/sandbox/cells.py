@@ -20,6 +20,7 @@ from .result import Limits, Result, Status
 READ_BYTES = 1 << 16
 TIMEOUT_SLACK_SECONDS = 0.01  # for which a call isn't given more time
 MAX_POSTPONEMENT = 3.0  # times its limit, that a call may be given for waiting for a processor
+NOTHING = accounting.Usage(tasks=0, memory=0)
 
 
 @dataclass
@@ -143,8 +144,11 @@ class Cell:
         """
         assert self.call is not None
         limits = self.call.limits
-        usage = accounting.usage(self._processes(), self.server.inherited)
-        file_bytes = accounting.folder_bytes(self.folder, private)
+        counted_by_kernel = self.group is not None and exact_tasks
+        # Nothing to sum up: to read all that takes longer than the rest of a look
+        usage = NOTHING if counted_by_kernel else self._usage()
+        folder_in_account = self.group is not None and private
+        file_bytes = 0 if folder_in_account else accounting.folder_bytes(self.folder, private)
         if self.group is not None:
             out_of_memory = self._killed_for_memory()  # the kernel ends one process, we the call
         else:
@@ -157,6 +161,9 @@ class Cell:
         elif not exact_tasks and usage.tasks > limits.processes:
             reason = f"the call ran more than {limits.processes} processes and threads"
             self.call.verdict = ("process_limit", reason)
+
+    def _usage(self) -> accounting.Usage:
+        return accounting.usage(self._processes(), self.server.inherited)
 
     def _killed_for_memory(self) -> bool:
         return self.group is not None and self.group.kills() > self.kills_before

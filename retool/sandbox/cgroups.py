@@ -92,6 +92,13 @@ class Group:
             self._swap_file = "memory.swap.max"
             self._events_file = "memory.events"
         self._limit = 0  # bytes, as last set
+        self._events = -1
+        self.entrance = -1
+
+    def open(self) -> None:
+        """Make the descriptors that every call needs: `entrance`, for `join`, and one to read."""
+        self.entrance = os.open(f"{self.folder}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+        self._events = os.open(f"{self.folder}/{self._events_file}", os.O_RDONLY | os.O_CLOEXEC)
 
     def set_limit(self, limit: int) -> None:
         """Bound memory, page tables and tmpfs files together, without swap, to `limit` bytes."""
@@ -110,20 +117,21 @@ class Group:
             self._write("memory.oom.group", "1")
         self._limit = limit
 
-    def add(self, pid: int) -> None:
-        self._write("cgroup.procs", str(pid))
-
     def kills(self) -> int:
         """How often the kernel has killed in this group for lack of memory."""
-        with open(f"{self.folder}/{self._events_file}") as file:
-            for line in file:
-                if line.startswith("oom_kill "):
-                    return int(line.split()[1])
+        for line in os.pread(self._events, 4096, 0).splitlines():
+            if line.startswith(b"oom_kill "):
+                return int(line.split()[1])
         return 0
 
     def _write(self, name: str, text: str) -> None:
         with open(f"{self.folder}/{name}", "w") as file:
             file.write(text)
+
+
+def join(entrance: int) -> None:
+    """Let this process's memory be counted in the group that `entrance` belongs to."""
+    os.write(entrance, b"0")
 
 
 class Groups:
@@ -144,7 +152,9 @@ class Groups:
         if number not in self._groups:
             folder = f"{self._folder}/{number}"
             os.mkdir(folder)
-            self._groups[number] = Group(self._version, folder)
+            group = Group(self._version, folder)
+            group.open()
+            self._groups[number] = group
         return self._groups[number]
 
     def remove(self) -> None:

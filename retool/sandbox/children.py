@@ -1,6 +1,6 @@
 """The fork server's loop: children are made on request and reaped, each with what it started.
 
-Requests come as JSON datagrams with the child's three descriptors; answers are `init`, `failed`,
+Requests come as JSON datagrams with the child's descriptors; answers are `init`, `failed`,
 `exited`. A request may also be for another fork server, a twin.
 """
 
@@ -129,7 +129,7 @@ class Children:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._control.detach()
-            raise Child(isolate.Place(request["slot"], *descriptors, folder=request["folder"]))
+            raise Child(isolate.Place(request["slot"], request["folder"], *descriptors))
         self._return_home()
         self._pids[number] = pid
         self._ids[pid] = number

@@ -11,7 +11,7 @@ import contextlib
 import os
 from dataclasses import dataclass
 
-from . import kernel, landlock, rootfs, seccomp, syscalls
+from . import cgroups, kernel, landlock, rootfs, seccomp, syscalls
 from .layers import Plan
 
 # a tenth of the weight of the host's own processes where they want the same processor; there is no
@@ -23,15 +23,16 @@ CONTROL = 3  # the descriptor on which the program text arrives; closed before t
 
 @dataclass(frozen=True)
 class Place:
-    """Where one child lives: its slot, its pipes and, where there is no private mount, its folder
-    on the host.
+    """Where one child lives: its slot, its folder (on the host, where there is no private mount),
+    its pipes, and `account`, through which it joins the memory account of its slot, if it has one.
     """
 
     slot: int
+    folder: str
     control: int
     stdout: int
     stderr: int
-    folder: str
+    account: int = -1
 
 
 def filter_for(plan: Plan) -> seccomp.Filter:
@@ -79,6 +80,9 @@ def confine(common: Confinement, place: Place) -> list[int]:
     plan = common.plan
     # Not a session of its own: the kernel may give each an equal share of the processors
     os.setpgid(0, 0)
+    if place.account >= 0:
+        # Each by itself: the kernel may let who moves a process wait, the supervisor for all
+        cgroups.join(place.account)
     uid = plan.first_uid + place.slot if plan.first_uid else 0
     _own_folder(plan, place, uid, common.folder_mb)
     _give_up_privileges(plan, uid)

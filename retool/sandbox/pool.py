@@ -5,22 +5,23 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
-import selectors
 import signal
-import socket
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from . import accounting, cgroups, listener, wire
 from .cells import Call, Cell, Stream, open_cell
+from .events import Events
 from .forkserver import ForkServer, ForkServers
 from .layers import Plan
 from .result import Limits, Result
 from .rootfs import Brooms
 
+# Of running, before what a program writes is read: most have ended by then, and all that they wrote
+# is in the pipes. A program that writes more than the pipes hold waits as long, once.
+LISTEN_SECONDS = 0.02
 MOST_FAILURES = 5  # in a row, after which no more children are asked for
 GONE_SECONDS = 2.0  # that killed processes have to be gone in
 
@@ -32,8 +33,7 @@ class Pool:
 
     As many wait confined as may run at once, so that a call never waits for a fork.
 
-    What happened is heard through `select`: each key's data is a function that returns the calls
-    which ended by it.
+    What happened is heard through `events`, whose functions return the calls that ended by it.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Pool:
         *,
         workers: int,
         servers: int,
-        select: selectors.BaseSelector,
+        events: Events[Ended],
     ) -> None:
         self.plan = plan
         self.scratch = tempfile.mkdtemp(prefix="retool-sandbox-")
@@ -52,13 +52,16 @@ class Pool:
         os.chmod(self.scratch, 0o711)
         self.servers = ForkServers(plan, self.scratch, limits.file_mb, servers)
         self.cells: dict[int, Cell] = {}
+        self.running: dict[int, Cell] = {}
         self.brooms = Brooms()
         self.failures = 0  # in a row, to make a child or a server
         self.complaint = ""  # about the last of them
         self._limits = limits
         self._workers = workers
-        self._select = select
+        self._events = events
         self._idle: collections.deque[Cell] = collections.deque()
+        # Those running that aren't listened to yet, in the order of their begin, and some that ended
+        self._fresh: collections.deque[Cell] = collections.deque()
         self._starting = 0
         self._free_slots = list(range(plan.slots))
         self._last_number = 0
@@ -72,7 +75,7 @@ class Pool:
         """Start them and wait until they are warm; `OSError` where the first ends before that."""
         self.servers.start()
         for server in self.servers.all:
-            self._listen(server.control, partial(self._hear_server, server))
+            self._listen_to(server)
 
     def revive(self) -> None:
         """One more attempt after giving up, worth it for a new call."""
@@ -119,13 +122,18 @@ class Pool:
         server.starting += 1
         cell, theirs = open_cell(server, number, slot, path)
         self.cells[number] = cell
-        server.order({"start": number, "slot": slot, "folder": cell.path}, theirs)
+        entrance = []
+        if self._groups is not None:
+            cell.group = self._groups.slot(slot)
+            cell.group.set_limit(self._limits.memory_mb << 20)
+            entrance = [cell.group.entrance]
+        message = {"start": number, "slot": slot, "folder": cell.path}
+        server.order(message, [*theirs, *entrance])
         # The server has its copies. These must go, or a pipe would never end with its program.
         for descriptor in theirs:
             os.close(descriptor)
-        for stream in (cell.out, cell.err):
-            self._listen(stream.fd, partial(self._hear_program, cell, stream))
-        self._listen(cell.control, partial(self._hear_cell, cell))
+        # A child says one thing on this socket. What comes later on it is for the child.
+        self._events.listen(cell.control.fileno(), partial(self._hear_cell, cell), once=True)
 
     def begin(self, call: Call) -> bool:
         """Run `call` in a waiting cell; False where none waits or enough run."""
@@ -133,14 +141,26 @@ class Pool:
         if not self._idle or running >= self._workers:
             return False
         cell = self._idle.popleft()
-        if self._groups is not None:
-            cell.group = self._groups.slot(cell.slot)
+        if cell.group is not None:
             cell.kills_before = cell.group.kills()
         cell.start(call, self.plan.exact_tasks)
+        self.running[cell.number] = cell
+        self._fresh.append(cell)
         return True
 
-    def running(self) -> list[Cell]:
-        return [cell for cell in self.cells.values() if cell.call is not None]
+    def listen_to_programs(self, now: float) -> float | None:
+        """Begin to read what programs write that have run for a while; when to do it again."""
+        while self._fresh:
+            cell = self._fresh[0]
+            if cell.number in self.running:
+                assert cell.call is not None
+                due = cell.call.started + LISTEN_SECONDS
+                if now < due:
+                    return due
+                for stream in (cell.out, cell.err):
+                    self._events.listen(stream.fd, partial(self._hear_program, cell, stream))
+            self._fresh.popleft()
+        return None
 
     def look(self, cell: Cell) -> None:
         """Compare what a running call uses with its limits, and end it where it goes beyond."""
@@ -158,19 +178,19 @@ class Pool:
         if not cell.pid:
             self._starting -= 1
             cell.server.starting -= 1
-        for fileobj in (cell.control, cell.out.fd, cell.err.fd, cell.listener):
-            with contextlib.suppress(KeyError, ValueError):
-                self._select.unregister(fileobj)
+        for fd in (cell.control.fileno(), cell.out.fd, cell.err.fd, cell.listener):
+            self._events.forget_closed(fd)
         cell.close()
         if not self._private:
             self.brooms.sweep(cell.path)
         del self.cells[cell.number]
+        self.running.pop(cell.number, None)
         self._free_slots.append(cell.slot)
 
     # --- what is heard: of a child, of its program, of the fork server ---
 
-    def _listen(self, source: socket.socket | int, heard: Callable[[], Ended]) -> None:
-        self._select.register(source, selectors.EVENT_READ, heard)
+    def _listen_to(self, server: ForkServer) -> None:
+        self._events.listen(server.control.fileno(), partial(self._hear_server, server))
 
     def _hear_cell(self, cell: Cell) -> Ended:
         """A child is confined and says so, once, by handing over its work folder."""
@@ -180,23 +200,15 @@ class Pool:
             data = b""
             descriptors = []
             pid = 0
-        # A child says one thing on this socket. What comes later on it is for the child, not from
-        # it.
-        self._select.unregister(cell.control)
         if not data:
             return []
         cell.folder = descriptors[0]
         cell.pid = pid
         if len(descriptors) > 1:
             cell.listener = descriptors[1]
-            self._listen(cell.listener, partial(self._hear_question, cell))
+            self._events.listen(cell.listener, partial(self._hear_question, cell))
         self._starting -= 1
         cell.server.starting -= 1
-        if self._groups is not None:
-            group = self._groups.slot(cell.slot)
-            group.set_limit(self._limits.memory_mb << 20)
-            with contextlib.suppress(ProcessLookupError):
-                group.add(pid)
         self.failures = 0
         self._idle.append(cell)
         return []
@@ -206,7 +218,7 @@ class Pool:
         if not listener.answer(
             cell.listener, lambda question: allowed(cell, question, self._limits, self._pair_bytes)
         ):
-            self._select.unregister(cell.listener)
+            self._events.forget(cell.listener)
         if cell.call is not None and cell.call.verdict is not None:
             cell.kill()
         return []
@@ -215,7 +227,7 @@ class Pool:
         limits = cell.call.limits if cell.call is not None else self._limits
         stream.read(limits.output_kb << 10)
         if not stream.open:
-            self._select.unregister(stream.fd)
+            self._events.forget(stream.fd)
         elif cell.flooded() and cell.call is not None and cell.call.verdict is None:
             reason = f"the program wrote more than {limits.flood_mb} MB of output"
             cell.call.verdict = ("output_limit", reason)
@@ -268,7 +280,7 @@ class Pool:
         first = server is self.servers.first
         lost = self.servers.all if first else [server]
         for each in lost:
-            self._select.unregister(each.control)
+            self._events.forget(each.control.fileno())
         if first:
             self.complaint = f"the fork server died (code {self.servers.bury()})"
         else:
@@ -281,17 +293,13 @@ class Pool:
             self._restart()
         elif server.pid:  # one that never got warm wouldn't now
             twin = self.servers.add_twin()
-            self._listen(twin.control, partial(self._hear_server, twin))
+            self._listen_to(twin)
         return ended
 
     def _abandon(self, servers: list[ForkServer]) -> Ended:
         """Forget the cells of fork servers that have died, once their processes are gone."""
         cells = [cell for cell in self.cells.values() if cell.server in servers]
-        for cell in cells:
-            kill_group(cell)
-        # Another call may use a slot at once: its user and its memory account are to be nobody's
-        # by then. A twin isn't gone before all that is in its pid namespace.
-        wait_until_gone([server.pid for server in servers] + [cell.pid for cell in cells])
+        end_processes(servers, cells)
         ended = []
         for cell in cells:
             if cell.call is not None:
@@ -300,10 +308,17 @@ class Pool:
         return ended
 
 
-def wait_until_gone(pids: list[int]) -> None:
-    """Killed processes take a moment; one that takes longer than `GONE_SECONDS` isn't waited for."""
+def end_processes(servers: list[ForkServer], cells: list[Cell]) -> None:
+    """Wait until nothing is left of fork servers that have died, and of their cells; not for what
+    takes longer than `GONE_SECONDS`.
+
+    Another call may use a slot at once: its user and its memory account are to be nobody's by then.
+    """
+    for cell in cells:
+        kill_group(cell)
     end = time.monotonic() + GONE_SECONDS
-    for pid in pids:
+    # A server isn't gone before all that is in its pid namespace.
+    for pid in [server.pid for server in servers] + [cell.pid for cell in cells]:
         while pid and os.path.exists(f"/proc/{pid}") and time.monotonic() < end:
             time.sleep(0.001)
 

@@ -8,10 +8,11 @@ other processes call too: its guests.
 from __future__ import annotations
 
 import collections
-import contextlib
+import gc
 import json
+import math
 import os
-import selectors
+import resource
 import signal
 import socket
 import sys
@@ -22,11 +23,15 @@ from functools import partial
 from typing import Any, NoReturn
 
 from . import layers, probe, sharing, wire
-from .cells import Call
+from .cells import Call, Cell
+from .events import Events
 from .forkserver import servers_for
 from .pool import MOST_FAILURES, Ended, Pool
 from .result import Limits, Result
 
+# A child's socket, pipes, folder and listener, and its slot's memory account; and all others
+DESCRIPTORS_PER_SLOT = 8
+DESCRIPTORS = 256
 TICK_SECONDS = 0.05  # between two looks at what a call uses
 NAMESPACES = frozenset(name for name in layers.LAYERS if name.endswith("_namespace"))
 
@@ -39,7 +44,11 @@ def main() -> NoReturn:
     # Ctrl-C is the caller's to handle; it closes the socket
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # by way of the clean-up below
-    select = selectors.DefaultSelector()
+    # What a call leaves behind refers to nothing that refers to it: to look for that takes time
+    gc.freeze()
+    gc.set_threshold(100_000)
+    allow_descriptors(setup["workers"])
+    events: Events[Ended] = Events()
     limits = Limits(**setup["limits"])
     pool = open_pool(
         owner,
@@ -48,13 +57,30 @@ def main() -> NoReturn:
         servers=setup["servers"] or servers_for(setup["workers"]),
         without=frozenset(setup["without"]),
         strict=setup["isolation"] == "strict",
-        select=select,
+        events=events,
     )
     try:
-        Supervisor(owner, listener, limits, pool, select).loop()
+        Supervisor(owner, listener, limits, pool, events).loop()
     finally:
         pool.stop()
     sys.exit(0)
+
+
+def slots_for(workers: int) -> int:
+    """As many wait confined as run, so that a call never waits for a fork; two more are on their
+    way.
+    """
+    return 2 * workers + 2
+
+
+def allow_descriptors(workers: int) -> None:
+    """Ask for as many open files as that takes, where the usual number isn't enough."""
+    wanted = DESCRIPTORS + DESCRIPTORS_PER_SLOT * slots_for(workers)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def open_pool(
@@ -65,19 +91,17 @@ def open_pool(
     servers: int,
     without: frozenset[str],
     strict: bool,
-    select: selectors.BaseSelector,
+    events: Events[Ended],
 ) -> Pool:
     """Find the layers and start the fork servers; where a guarantee has no mechanism, tell the
     caller and end.
     """
-    # As many wait confined as run, so that a call never waits for a fork; two more are on their
-    # way.
-    slots = 2 * workers + 2
+    slots = slots_for(workers)
     plan = probe.find(without, slots)
     if strict and plan.unmet():
         faults = [f"nothing here guarantees “{name}” ({why})" for name, why in plan.unmet().items()]
         _refuse(caller, "; ".join(faults))
-    make_pool = partial(Pool, limits=limits, workers=workers, servers=servers, select=select)
+    make_pool = partial(Pool, limits=limits, workers=workers, servers=servers, events=events)
     pool = make_pool(plan)
     try:
         pool.start_servers()
@@ -108,17 +132,17 @@ class Caller:
     def __init__(
         self,
         connected: socket.socket,
-        select: selectors.BaseSelector,
+        events: Events[Ended],
         heard: Callable[[Caller], Ended],
     ) -> None:
         connected.setblocking(False)
         self.alive = True
         self._socket = connected
-        self._select = select
+        self._events = events
         self._frames = wire.Frames()
         self._unsent = bytearray()
-        self._heard = lambda: heard(self)
-        select.register(connected, selectors.EVENT_READ, self._heard)
+        self._waits_for_room = False
+        events.listen(connected.fileno(), lambda: heard(self))
 
     def receive(self) -> list[dict[str, Any]]:
         """The messages that are complete now; `alive` is False once it has hung up."""
@@ -133,8 +157,9 @@ class Caller:
         return self._frames.feed(data)
 
     def send(self, message: dict[str, Any]) -> None:
-        self._unsent += wire.encode(message)
-        self.flush()
+        if self.alive:
+            self._unsent += wire.encode(message)
+            self.flush()
 
     def flush(self) -> None:
         """Send what the socket takes; the rest waits until it takes more."""
@@ -145,14 +170,13 @@ class Caller:
             pass
         except OSError:
             self.alive = False
-        with contextlib.suppress(KeyError, ValueError):
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
-            if self._select.get_key(self._socket).events != events:
-                self._select.modify(self._socket, events, self._heard)
+        waits = bool(self._unsent) and self.alive
+        if waits != self._waits_for_room:
+            self._waits_for_room = waits
+            self._events.listen_for_room(self._socket.fileno(), waits)
 
     def close(self) -> None:
-        with contextlib.suppress(KeyError, ValueError):
-            self._select.unregister(self._socket)
+        self._events.forget(self._socket.fileno())
         self._socket.close()
 
 
@@ -165,23 +189,25 @@ class Supervisor:
         listener: socket.socket | None,
         limits: Limits,
         pool: Pool,
-        select: selectors.BaseSelector,
+        events: Events[Ended],
     ) -> None:
         self._limits = limits
         self._pool = pool
-        self._select = select
+        self._events = events
         self._listener = listener
         self._queue: collections.deque[Call] = collections.deque()
         self._next_look = 0.0
+        self._first_end = math.inf  # when the time of the first call that runs is up
+        self._next_listening: float | None = None
         self._owner = self._greet(owner)
         if listener is not None:
             listener.setblocking(False)
             listener.set_inheritable(False)
-            select.register(listener, selectors.EVENT_READ, self._hear_guest)
+            events.listen(listener.fileno(), self._hear_guest)
 
     def _greet(self, connected: socket.socket) -> Caller:
         pool = self._pool
-        caller = Caller(connected, self._select, self._hear_caller)
+        caller = Caller(connected, self._events, self._hear_caller)
         facts = {
             "plan": pool.plan.to_json(),
             "unmet": pool.plan.unmet(),
@@ -203,43 +229,49 @@ class Supervisor:
         # Refill first: children get ready while the loop waits below.
         while self._owner.alive:
             self._pool.refill()
-            for key, _ in self._select.select(self._patience()):
-                if key.fileobj in self._select.get_map():  # an earlier event may have closed it
-                    self._answer(key.data())
+            for listener in self._events.wait(self._patience()):
+                self._answer(listener())
             self._watch()
             self._dispatch()
 
     def _patience(self) -> float | None:
         """Seconds until something has to be looked at; None: nothing runs."""
-        sweeping = self._pool.brooms.busy()
-        running = [cell.call for cell in self._pool.running() if cell.call is not None]
-        if not running:
-            return TICK_SECONDS if sweeping else None
-        ends = min(call.deadline for call in running)
-        return max(0.0, min(ends, self._next_look) - time.monotonic())
+        if not self._pool.running:
+            return TICK_SECONDS if self._pool.brooms.busy() else None
+        times = (self._first_end, self._next_look, self._next_listening or math.inf)
+        return max(0.0, min(times) - time.monotonic())
 
     def _watch(self) -> None:
         """Clocks and accounts."""
         now = time.monotonic()
+        self._next_listening = self._pool.listen_to_programs(now)
         looking = now >= self._next_look
         if looking:
             self._next_look = now + TICK_SECONDS
-        for cell in self._pool.running():
-            call = cell.call
-            if call is None or call.verdict is not None:
-                continue
-            if cell.overdue(now):
-                reason = f"the program ran longer than {call.limits.wall_seconds:g} s"
-                call.verdict = ("timeout", reason)
-                cell.kill()
-            # A program that has just begun has used nothing yet: most calls end before anybody
-            # looks.
-            elif looking and now - call.started > TICK_SECONDS / 2:
-                self._pool.look(cell)
+        if looking or now >= self._first_end:
+            self._first_end = math.inf
+            for cell in list(self._pool.running.values()):
+                self._watch_cell(cell, now, looking)
+
+    def _watch_cell(self, cell: Cell, now: float, looking: bool) -> None:
+        call = cell.call
+        assert call is not None
+        if call.verdict is not None:
+            return
+        if cell.overdue(now):
+            reason = f"the program ran longer than {call.limits.wall_seconds:g} s"
+            call.verdict = ("timeout", reason)
+            cell.kill()
+            return
+        self._first_end = min(self._first_end, call.deadline)
+        # A program that has just begun has used nothing yet: most calls end before anybody looks.
+        if looking and now - call.started > TICK_SECONDS / 2:
+            self._pool.look(cell)
 
     def _dispatch(self) -> None:
         while self._queue and self._pool.begin(self._queue[0]):
-            self._queue.popleft()
+            call = self._queue.popleft()
+            self._first_end = min(self._first_end, call.deadline)
         if self._pool.failures >= MOST_FAILURES:
             refusal = Result("sandbox_error", reason=self._pool.complaint)
             waiting = [(call, refusal) for call in self._queue]
@@ -252,7 +284,9 @@ class Supervisor:
                 self._cancel(caller, message["cancel"])
                 continue
             self._pool.revive()
-            limits = replace(self._limits, **message["limits"])
+            limits = self._limits
+            if message["limits"]:
+                limits = replace(limits, **message["limits"])
             self._queue.append(
                 Call(message["id"], message["job"], limits, message["fetch"], caller)
             )
@@ -273,7 +307,7 @@ class Supervisor:
 
         for call in [call for call in self._queue if meant(call)]:
             self._queue.remove(call)
-        for cell in self._pool.running():
+        for cell in self._pool.running.values():
             if cell.call is not None and meant(cell.call) and cell.call.verdict is None:
                 cell.call.verdict = ("sandbox_error", "the call was cancelled")
                 cell.kill()

@@ -16,11 +16,14 @@ from tests.sandbox.modes import Mode, modes_here
 from tests.sandbox.world import descendants, settled
 
 SERVERS = 3
+# As many open files as a machine may allow for a start: fewer than all the cells' pipes
+FEW_DESCRIPTORS = ["sh", "-c", 'ulimit -Sn 40; exec "$0" "$@"']
 
 
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
-    with Sandbox(Limits(), workers=SERVERS, servers=SERVERS) as opened:
+    launcher = FEW_DESCRIPTORS
+    with Sandbox(Limits(), workers=SERVERS, servers=SERVERS, launcher=launcher) as opened:
         yield opened
 
 
