@@ -33,6 +33,7 @@ class Planned:
         self.ids = list(ids)
         self.stop_ids = stop_ids
         self.given = []
+        self.rooms = []  # (what it was allowed, what it sampled)
 
     async def __call__(self, ids, max_tokens):
         self.given.append(list(ids))
@@ -41,6 +42,7 @@ class Planned:
             tokens.append(self.ids.pop(0))
             if tokens[-1] in self.stop_ids:
                 break
+        self.rooms.append((max_tokens, len(tokens)))
         stopped = bool(tokens) and tokens[-1] in self.stop_ids
         logp = [-float(token + 1) for token in tokens]
         return Sampled(tokens, logp, logp, "stop" if stopped else "length")
@@ -119,6 +121,14 @@ def test_limits_hold_amid_a_turn(renderer) -> None:
     assert trajectory.stop is Stop.MAX_TURNS and trajectory.tool_calls == 2
     trajectory, _ = run_inline(renderer, plan, Answers(["1"] * 5, SCHEMA), max_response_length=30)
     assert trajectory.stop is Stop.LENGTH and trajectory.response_length <= 30
+    nothing = ids_of(renderer, "2 > 1 -> so " + text)
+    _, model = run_inline(renderer, nothing, Answers(["1"] * 5, SCHEMA), max_response_length=90)
+    used = 0
+    for ids, (room, sampled) in zip([[], *model.given[1:]], model.rooms, strict=True):
+        used += len(ids)
+        assert used + room == 90
+        used += sampled
+    assert [] in model.given[1:], "it never stopped for nothing"
     long = "a b " * 2_000
     trajectory, model = run_inline(
         renderer, plan, Answers([long] * 5, SCHEMA), max_tool_response_length=20

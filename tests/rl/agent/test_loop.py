@@ -454,6 +454,14 @@ def test_token_limits(renderer_of, tool_row) -> None:
             and trajectory.response_length == length
             and len(model.asked) == 1
         )
+    # What a tool says takes room from the next turn
+    limit = len(first) + 40
+    trajectory, model = episode(
+        renderer, tool_row, [first, first * 9], Answers(["ok"]), max_response_length=limit
+    )
+    between, room = model.asked[1]
+    assert 0 < room == limit - len(first) - len(between)
+    assert trajectory.stop is Stop.LENGTH and trajectory.response_length == limit
 
 
 def test_end_at_once_end_of_text_and_aborted(renderer_of, tool_row) -> None:

@@ -43,6 +43,7 @@ class PlayedBack:
     live: dict = field(default_factory=dict)
     queue: list = field(default_factory=list)
     seeds: dict = field(default_factory=dict)
+    filters: set = field(default_factory=set)  # (temperature, top_p, top_k) that it was asked for
     steps: int = 0
     any_group: bool = False  # worlds make prompts of their own
 
@@ -53,6 +54,7 @@ class PlayedBack:
             and params.stop_ids == self.renderer.end_of_turn_ids
         )
         self.live[key], self.seeds[key] = list(self.script[key[0]]), params.seed
+        self.filters.add((params.temperature, params.top_p, params.top_k))
         self.queue.append(key)
 
     def extend(self, key, ids, params):
@@ -184,7 +186,9 @@ def test_a_straggler_s_tool_holds_nobody_up(renderer_of) -> None:
     parts, engine = parts_of(renderer, script, tool)
     requests = [(prompt_of(renderer, i), k) for i in range(3) for k in range(2)]
     times = RolloutTimes()
-    found = asyncio.run(roll_out(parts, requests, Sampling(seed=9, split=1), 5, times))
+    sampling = Sampling(0.7, 0.8, 9, seed=9, split=1)
+    found = asyncio.run(roll_out(parts, requests, sampling, 5, times))
+    assert engine.filters == {(0.7, 0.8, 9)}
     assert [(s.trajectory.prompt.index, s.trajectory.sample, s.score) for s in found] == [
         (0, 0, 1.0),
         (0, 1, 1.0),
@@ -279,10 +283,11 @@ def test_what_a_broken_tool_said_is_kept_told_and_written(renderer_of, tmp_path,
 
 
 def test_length_shaping_is_in_the_reward_only(renderer_of) -> None:
-    parts, _ = parts_of(renderer_of("hermes"), {0: ["42"]}, overlong=Overlong(495, 1.0))
+    parts, _ = parts_of(renderer_of("hermes"), {0: ["42"]}, overlong=Overlong(499, 1.0))
     (scored,) = asyncio.run(roll_out(parts, [(prompt_of(parts.renderer, 0), 0)], Sampling(), 0))
     n = scored.trajectory.response_length
-    assert scored.score == 1.0 and scored.reward == pytest.approx(1.0 - max(n - 5, 0) / 495)
+    assert n > 1  # 499 of the 500 tokens that it may have are punished
+    assert scored.score == 1.0 and scored.reward == pytest.approx(1.0 - (n - 1) / 499)
 
 
 def test_stopping_leaves_nothing_behind(renderer_of) -> None:
