@@ -70,7 +70,7 @@ tool/failed_closes | Tools that didn't close | in a step | down
 tool/latency | Tool latency | seconds | down noisy
     From a call's start to its result, on average; waiting to start isn't in it.
 tool/queue_s | Tool queue | seconds | down noisy
-    How long a call waited for the interpreter before it could start, on average. More cores or workers shorten it.
+    How long a call waited for the interpreter, on average. More cores or workers shorten it.
 reward/exceptions | Reward failures | in a step | down
     Answers whose reward function raised an error: they got reward_model.floor.
 reward/timeouts | Reward time-outs | in a step | down

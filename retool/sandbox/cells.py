@@ -67,7 +67,6 @@ class Call:
     limits: Limits
     fetch: list[str]
     caller: Any  # who is answered
-    arrived: float = field(default_factory=time.monotonic)
     started: float = 0.0
     deadline: float = 0.0
     verdict: tuple[Status, str] | None = None  # set when the supervisor ends it
@@ -203,7 +202,6 @@ class Cell:
             self.err.text(),
             return_code=code if own_end else None,
             execution_time=elapsed,
-            queue_seconds=call.started - call.arrived,
             reason=reason,
             stdout_bytes=self.out.total,
             stderr_bytes=self.err.total,

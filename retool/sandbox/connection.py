@@ -9,14 +9,23 @@ import contextlib
 import itertools
 import socket
 import threading
+import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from . import wire
 from .result import Result
 
 START_SECONDS = 180.0  # a supervisor that has said nothing by then hangs
 GONE = "the sandbox's supervisor is gone"
+
+
+class Asked(NamedTuple):
+    """A call whose result hasn't come, and when it was sent."""
+
+    future: concurrent.futures.Future[Result]
+    at: float
 
 
 class Connection:
@@ -32,7 +41,7 @@ class Connection:
     def __init__(self, ours: socket.socket, lost: Callable[[], None] | None = None) -> None:
         self._socket = ours
         self._frames = wire.Frames()
-        self._pending: dict[int, concurrent.futures.Future[Result]] = {}
+        self._pending: dict[int, Asked] = {}
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._reason = GONE
@@ -68,7 +77,7 @@ class Connection:
         number = next(self._numbers)
         future: concurrent.futures.Future[Result] = concurrent.futures.Future()
         # Before it is sent: the result may be back before `_send` returns
-        self._pending[number] = future
+        self._pending[number] = Asked(future, time.monotonic())
         self._send({**message, "id": number})
         if not self.alive:
             self._fail()  # the reader may have ended before this call was there to be failed
@@ -107,9 +116,13 @@ class Connection:
             self._lost()
 
     def _settle(self, number: int, result: Result) -> None:
-        future = self._pending.pop(number, None)
-        if future is not None and future.set_running_or_notify_cancel():
-            future.set_result(result)
+        asked = self._pending.pop(number, None)
+        if asked is None or not asked.future.set_running_or_notify_cancel():
+            return
+        # A supervisor that is too busy to read calls makes them wait as a queue does. What the
+        # caller takes to look at the result isn't counted.
+        waited = time.monotonic() - asked.at - result.execution_time
+        asked.future.set_result(replace(result, queue_seconds=max(0.0, waited)))
 
     def _fail(self) -> None:
         """Answer every call that waits: the supervisor won't."""
@@ -117,7 +130,7 @@ class Connection:
         while self._pending:
             # The reader and a caller may both be here, and the last call can be the other's
             with contextlib.suppress(KeyError):
-                future = self._pending.popitem()[1]
+                future = self._pending.popitem()[1].future
                 if future.set_running_or_notify_cancel():
                     future.set_result(Result("sandbox_error", reason=self._reason))
 

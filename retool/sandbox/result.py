@@ -58,10 +58,11 @@ class Result:
                     doing, so never to be scored or trained as if it were
 
     `stdout`/`stderr` hold what was kept, `stdout_bytes`/`stderr_bytes` count all that was written.
-    `reason` is a sentence for every status but the first two. `queue_seconds` is the time it waited
-    for a free worker, `execution_time` the time from the program's start to its end, on which alone
-    its limits bear. `return_code` is None where the program didn't end by itself. `files` are those
-    asked for by name that exist.
+    `reason` is a sentence for every status but the first two. `execution_time` is the time from the
+    program's start to its end, on which alone its limits bear. `queue_seconds` is the rest from the
+    call to its result: waiting for a worker, and for a supervisor that doesn't keep up.
+    `return_code` is None where the program didn't end by itself. `files` are those asked for by name
+    that exist.
     """
 
     status: Status

@@ -302,6 +302,26 @@ def test_waiting_for_a_worker_is_told_apart_from_running() -> None:
     )  # longer than the limit, which it doesn't touch
 
 
+def test_a_late_supervisor_counts_as_waiting_and_a_late_caller_does_not(
+    default_sandbox: Sandbox,
+) -> None:
+    os.kill(default_sandbox.pid, signal.SIGSTOP)
+    try:
+        future = in_background(default_sandbox, "1")
+        time.sleep(0.4)
+    finally:
+        os.kill(default_sandbox.pid, signal.SIGCONT)
+    assert future.result(timeout=30).queue_seconds > 0.3
+
+    async def late() -> Result:
+        call = asyncio.create_task(default_sandbox.run("1"))
+        await asyncio.sleep(0)
+        time.sleep(0.6)
+        return await call
+
+    assert asyncio.run(late()).queue_seconds < 0.5
+
+
 def ended(family: list[int]) -> bool:
     """Whether these processes are gone, within a while."""
     end = time.monotonic() + 30
