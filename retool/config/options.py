@@ -75,7 +75,9 @@ class FSDPConfig:
         "steps whose gradient overflows are skipped.",
         spellings=DTYPE_SPELLINGS,
     )
-    reduce_dtype: Dtype = option("fp32", "Gradient reduction.", spellings=DTYPE_SPELLINGS)
+    reduce_dtype: Dtype = option(
+        "fp32", "Gradient reduction; fp64 where model_dtype is.", spellings=DTYPE_SPELLINGS
+    )
     param_offload: bool = option(False, "Keep master weights in host memory.")
     optimizer_offload: bool = option(
         False, "Keep optimizer state in host memory; it is copied to the GPU for each update."
@@ -100,6 +102,11 @@ class FSDPConfig:
     forward_prefetch: bool = option(
         True, "Gather the next block's weights during this one's forward."
     )
+
+    @property
+    def reduced_in(self) -> Dtype:
+        """The dtype of sums of gradients. Weights in fp64 ask for it: nothing less is exact to them."""
+        return "fp64" if self.model_dtype == "fp64" else self.reduce_dtype
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def setting_of(options: RunOptions, world: World) -> Setting:
         sp=options.sp,
         master=fsdp.model_dtype,
         compute=compute,
-        reduce=fsdp.reduce_dtype,
+        reduce=fsdp.reduced_in,
         param_offload=fsdp.param_offload,
         optimizer_offload=fsdp.optimizer_offload,
         reshard=fsdp.reshard_after_forward is not False,

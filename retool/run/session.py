@@ -149,12 +149,10 @@ def model_options(report: RunReport, device: torch.device) -> ModelOptions:
         compute = DTYPES[sharding.param_dtype]
     else:
         compute = torch.bfloat16 if device.type == "cuda" else master
-    # Sums in fp64 are asked for by fp64 weights: nothing less is exact to them.
-    reduce = "fp64" if sharding.model_dtype == "fp64" else sharding.reduce_dtype
     return ModelOptions(
         param_dtype=compute,
         master_dtype=master,
-        reduce_dtype=DTYPES[reduce],
+        reduce_dtype=DTYPES[sharding.reduced_in],
         attn=options.model.attn,
         recompute=choice.recompute,
         parked=choice.parked,

@@ -14,7 +14,7 @@ from retool.config import parse
 from retool.data.packing import LARGEST_RECORDED
 from retool.model import offload
 from retool.model.block import rms_norm
-from retool.model.build import ModelOptions, build_decoder
+from retool.model.build import DTYPES, ModelOptions, build_decoder
 from retool.model.catalogue.families import FAMILIES, parse_model_config
 from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder
@@ -43,7 +43,9 @@ from retool.preflight.training_memory import (
     plan_layout,
     predict,
 )
+from retool.run.session import model_options
 from retool.sft.config import SFTConfig, run_options
+from retool.sft.plan import SFTReport
 from tests.parallel.layouts import reshard
 from tests.parallel.test_sharded_memory import Live
 from tests.ranks import run_ranks
@@ -409,6 +411,28 @@ def test_the_plan_knows_whether_blocks_are_compiled(
     ]
     options = run_options(parse(SFTConfig, words))
     assert setting_of(options, World(1, 1, 1)).compiled is compiled
+
+
+def test_the_plan_has_the_dtypes_of_the_run() -> None:
+    choice = choose(model(), Setting(), 64, 64, None, 80)
+    for master, compute, reduce in (
+        ("fp32", "auto", "bf16"),
+        ("bf16", "fp16", "fp32"),
+        ("fp64", "auto", "fp32"),
+    ):
+        words = [
+            "data.train_files=a.parquet",
+            "model.partial_pretrain=m",
+            "trainer.device=cpu",
+            f"model.fsdp_config.model_dtype={master}",
+            f"model.fsdp_config.param_dtype={compute}",
+            f"model.fsdp_config.reduce_dtype={reduce}",
+        ]
+        report = SFTReport(parse(SFTConfig, words), World(1, 1, 1))
+        setting = setting_of(report.options, report.world)
+        made = model_options(replace(report, choice=choice), torch.device("cpu"))
+        planned = [DTYPES[name] for name in (setting.master, setting.compute, setting.reduce)]
+        assert planned == [made.master_dtype, made.param_dtype, made.reduce_dtype]
 
 
 def test_a_residual_stream_in_fp32_is_counted() -> None:
