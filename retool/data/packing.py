@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heapreplace
+from heapq import heappop, heappush, heapreplace
 
 import numpy as np
 
@@ -127,8 +127,9 @@ def whole_shares(lengths: Sequence[int], packing: Packing) -> list[list[int]] | 
         return None
     sizes = np.asarray(lengths, np.int64)
     costs = np.asarray(cost(sizes, packing.budget.quadratic_length), np.float64)
-    # Here only evenness matters, and room is checked below
-    shares = _spread_evenly(sp, costs)
+    # A capacity of everything: here only evenness matters, and room is checked below.
+    shares = _fill_evenly(sp, sizes, int(sizes.sum()), costs)
+    assert shares is not None
     # Two measures of evenness: tokens are padded to the longest share, and work waits for the
     # dearest.
     longest = max(int(sizes[share].sum()) for share in shares)
@@ -188,36 +189,32 @@ def _fill(weights: np.ndarray, costs: np.ndarray, capacity: int, dp: int) -> lis
         count += dp
 
 
-def _spread_evenly(count: int, costs: np.ndarray) -> list[list[int]]:
-    """Each sample, dearest first, into the cheapest share: what `_fill_evenly` does where there is
-    room for everything, in a tenth of the time. Each rank does it for the micro-batches of all.
-    """
-    shares: list[list[int]] = [[] for _ in range(count)]
-    cheapest = [(0.0, place) for place in range(count)]  # a heap
-    each = costs.tolist()
-    for i in np.argsort(-costs, kind="stable").tolist():
-        spent, place = cheapest[0]
-        shares[place].append(i)
-        heapreplace(cheapest, (spent + each[i], place))
-    return shares
-
-
 def _fill_evenly(
     count: int, weights: np.ndarray, capacity: int, costs: np.ndarray
 ) -> list[list[int]] | None:
     """Each sample, dearest first, into the cheapest micro-batch with room; None without room."""
     micro_batches: list[list[int]] = [[] for _ in range(count)]
-    held = np.zeros(count, np.int64)
-    spent = np.zeros(count)
+    held = [0] * count
+    cheapest = [(0.0, number) for number in range(count)]  # a heap
+    each = list(zip(weights.tolist(), costs.tolist(), strict=True))
+    smallest = int(weights.min())
     for i in np.argsort(-costs, kind="stable").tolist():
+        weight, cost_of = each[i]
+        passed: list[tuple[float, int]] = []
         # What is larger than the budget fits where nothing else is
-        fits = (held + weights[i] <= capacity) | (held == 0)
-        if not fits.any():
+        while cheapest and held[cheapest[0][1]] and held[cheapest[0][1]] + weight > capacity:
+            full = heappop(cheapest)
+            # Where nothing will ever fit isn't looked at again
+            if held[full[1]] + smallest <= capacity:
+                passed.append(full)
+        if not cheapest:
             return None
-        cheapest = int(np.argmin(np.where(fits, spent, np.inf)))
-        micro_batches[cheapest].append(i)
-        held[cheapest] += weights[i]
-        spent[cheapest] += costs[i]
+        spent, number = cheapest[0]
+        micro_batches[number].append(i)
+        held[number] += weight
+        heapreplace(cheapest, (spent + cost_of, number))
+        for other in passed:
+            heappush(cheapest, other)
     return micro_batches
 
 

@@ -57,19 +57,42 @@ def test_a_longer_sample_is_alone():
     assert len(check([1000, 5], 1, 1, budget=10)[0]) == 2, "and takes no room of the others"
 
 
-def test_spreading_is_filling_where_there_is_room_for_everything():
-    """And quick: a rank does it for the micro-batches of all ranks."""
+def filled_plainly(count, weights, capacity, costs):
+    """Each sample, dearest first, into the cheapest micro-batch with room."""
+    micro_batches = [[] for _ in range(count)]
+    held = np.zeros(count, np.int64)
+    spent = np.zeros(count)
+    for i in np.argsort(-costs, kind="stable").tolist():
+        fits = (held + weights[i] <= capacity) | (held == 0)
+        if not fits.any():
+            return None
+        cheapest = int(np.argmin(np.where(fits, spent, np.inf)))
+        micro_batches[cheapest].append(i)
+        held[cheapest] += weights[i]
+        spent[cheapest] += costs[i]
+    return micro_batches
+
+
+def test_filling_is_quick():
+    """A rank plans for all, and looks at the micro-batches of all where small ones are recorded."""
     rng = np.random.default_rng(0)
     seconds = [0.0, 0.0]
-    for count, n in product((2, 3, 8), (1, 40, 200)):
-        sizes = rng.integers(1, 30, n)  # many of the same length
+    ends = []
+    for seed in range(60):
+        count = int(rng.choice([1, 2, 3, 8, 64]))
+        sizes = rng.integers(1, 30, count * int(rng.integers(1, 6)))  # many of the same length
+        weights = np.ones_like(sizes) if seed % 3 == 0 else sizes
+        fair = -(-int(weights.sum()) // count)
+        capacity = int(fair * rng.choice([0.9, 1, 1.1, 1.5, count]))
         costs = np.asarray(cost(sizes), np.float64)
         begun = time.process_time()
-        shares = packing_module._spread_evenly(count, costs)
+        found = packing_module._fill_evenly(count, weights, capacity, costs)
         between = time.process_time()
-        assert shares == packing_module._fill_evenly(count, sizes, int(sizes.sum()), costs)
+        assert found == filled_plainly(count, weights, capacity, costs)
         seconds[0] += between - begun
         seconds[1] += time.process_time() - between
+        ends.append(found is None)
+    assert any(ends) and not all(ends)
     assert seconds[0] < seconds[1] / 2
 
 
