@@ -13,6 +13,7 @@ from retool.rl.agent.rollout import Overlong, Sampling
 from retool.rl.build import (
     logprob_budget,
     rollout_parts,
+    stream,
     training_sampling,
     update_budget,
     validation_sampling,
@@ -20,6 +21,7 @@ from retool.rl.build import (
 from retool.rl.config import RLConfig
 from retool.rl.reward.protocol import Judged
 from retool.rl.train import one_update
+from tests.rl.conftest import make_prompt
 from tests.rl.test_config import ARR, REQUIRED
 
 
@@ -116,3 +118,19 @@ def test_old_log_probabilities_are_the_present_ones_in_a_steps_only_update(
 ) -> None:
     config = config_of(actor__ppo_mini_batch_size=4, actor__ppo_epochs=epochs)
     assert one_update(config, groups) is wanted
+
+
+def test_the_order_of_the_questions_is_the_datas_own_or_its_seeds() -> None:
+    questions = SimpleNamespace(prompts=[make_prompt(i, truth=str(i)) for i in range(8)])
+
+    def order(**values: object) -> str:
+        report: Any = SimpleNamespace(config=config_of(**values), train=questions)
+        return "".join(prompt.ground_truth for prompt in stream(report, 0, 8))
+
+    assert order(data__shuffle=False) == "01234567"
+    shuffled = order(data__seed=1)
+    assert sorted(shuffled) == list("01234567") and shuffled not in (
+        "01234567",
+        order(data__seed=2),
+    )
+    assert order(trainer__seed=1) == shuffled

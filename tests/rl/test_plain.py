@@ -32,6 +32,8 @@ LONGEST, BUFFER = 26, 10
 TARGET, HORIZON = 0.01, 100
 OPTIONS = [
     f"trainer.total_training_steps={STEPS}",
+    "trainer.val_before_train=false",
+    f"{ARR}rollout.val_kwargs.temperature={TEMPERATURE}",
     f"data.max_response_length={LONGEST}",
     "data.gen_batch_size=6",
     f"{ARR}rollout.agent.path={LOOPS}",
@@ -182,10 +184,17 @@ def test_a_run_is_what_a_plain_program_computes(work, tmp_path, monkeypatch) -> 
         taken.append((found.groups, asked_before))
         return found
 
+    def validated(*args):
+        checked.extend(sample(*args))
+        return checked
+
     taken: list[tuple[list[Group], int]] = []
+    checked: list[Group] = []
     collect = train.collect
+    sample = train.sample
     monkeypatch.setattr(train, "collect", observed)
-    assert main(words(work, tmp_path, *OPTIONS)) == 0
+    monkeypatch.setattr(train, "sample", validated)
+    assert main(words(work, tmp_path, *OPTIONS, f"data.val_files={work}/val.jsonl")) == 0
     asked = [[group.prompt.index for group in groups] for groups, _ in taken]
     assert asked == [[0, 1, 2, 3], [4, 5, 6, 7]]  # places in the stream: each is trained once
     for groups, asked_before in taken:
@@ -199,6 +208,12 @@ def test_a_run_is_what_a_plain_program_computes(work, tmp_path, monkeypatch) -> 
         assert all(0 < entry[name] < 1 for name in at_work)
         assert 0 < entry["training/rollout_logp_diff_mean"] < 1e-5  # of those just sampled
     assert [entry["filter/groups_reused"] for entry in entries] == [0, 2]
+    # The last validation asks what came of the last update
+    answers = [member.trajectory for group in checked for member in group.members]
+    assert len(answers) == 3
+    for answer in answers:
+        wanted = sampled(plain.policy, answer)[0].detach()
+        assert torch.allclose(told_by(answer.logp, answer), wanted, atol=2e-3)
     before = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float64).state_dict()
     after = plain.policy.state_dict()
     apart = moved = 0.0
