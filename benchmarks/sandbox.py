@@ -1,7 +1,7 @@
 """The code interpreter next to `subprocess.run([python, "-c", program])` with rlimits, which has no
 isolation.
 
-    python benchmarks/sandbox.py [--seconds 4] [--calls 1000] [--workers N] [--servers N]
+    python benchmarks/sandbox.py [--seconds 4] [--calls 1000] [--workers N] [--servers N,N]
         [--json out.json]
 
 *print* is `print(1+1)`, *sympy* imports numpy and sympy and solves an equation. Callers are tasks
@@ -11,6 +11,10 @@ hasn't begun when its time is up. The ways take turns, three times each, in piec
 so that a noisy neighbour meets all; the spread of calls/s is over the pieces. `sandbox_fusion` is
 the same over HTTP, server and client on this machine. Then `--calls` calls of mixed outcome, and
 what they left behind: processes, descriptors, memory, files.
+
+With `--servers 1,4,8` nothing of this: a table for these numbers of fork servers, with the CPU time
+a call of each kind of process. A fork server, the supervisor and the caller run on one core each:
+1,000 / these milliseconds are the most calls that one of them can serve in a second.
 """
 
 from __future__ import annotations
@@ -182,6 +186,65 @@ def show(group: list[dict[str, Any]]) -> None:
         print(f"{head} | {spread} | {gain:.1f}× |", flush=True)
 
 
+def clock_ms(pid: int) -> tuple[float, float]:
+    """CPU milliseconds of a process, and of its children that have ended."""
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    own, ended = (sum(map(int, fields[first : first + 2])) for first in (11, 13))
+    tick = 1e3 / os.sysconf("SC_CLK_TCK")
+    return own * tick, ended * tick
+
+
+def clocks(sandbox: Sandbox) -> dict[str, float]:
+    """CPU milliseconds so far of each kind of process, of all fork servers together."""
+    servers = [clock_ms(pid) for pid in sandbox.server_pids]
+    return {
+        "fork servers": sum(own for own, _ in servers),
+        "children": sum(ended for _, ended in servers),
+        "supervisor": clock_ms(sandbox.pid)[0],
+        "caller": 1e3 * time.process_time(),
+    }
+
+
+async def scale(sandbox: Sandbox, callers: int, seconds: float) -> dict[str, Any]:
+    """One line of the table of fork servers."""
+
+    async def run(program: str) -> str:
+        return _printed(await sandbox.run(program))
+
+    program, expected = PROGRAMS["print"]
+    await piece(run, program, expected, callers, seconds / 4)  # gets warm
+    before = clocks(sandbox)
+    trips, rate = await piece(run, program, expected, callers, seconds)
+    after = clocks(sandbox)
+    a_call = {name: (after[name] - before[name]) / len(trips) for name in after}
+    return {
+        "servers": len(sandbox.server_pids),
+        "callers": callers,
+        **summary([(trips, rate)]),
+        "cpu_ms": a_call,
+    }
+
+
+def compare_servers(options: argparse.Namespace, found: dict[str, Any]) -> None:
+    """One line per number of fork servers and of callers."""
+    kinds = ("fork servers", "children", "supervisor", "caller")
+    print(f"\n| servers | callers | calls/s | p50 ms | p99 ms | {' | '.join(kinds)} |")
+    print("|---:" * 9 + "|", flush=True)
+    for servers in options.servers:
+        with Sandbox(workers=options.workers, servers=servers) as sandbox:
+            for callers in options.callers:
+                line = asyncio.run(scale(sandbox, callers, options.seconds))
+                cpu = " | ".join(f"{line['cpu_ms'][kind]:.2f}" for kind in kinds)
+                print(
+                    f"| {servers} | {callers} | {line['per_second']:.0f} | {line['p50_ms']:.1f} | "
+                    f"{line['p99_ms']:.1f} | {cpu} |",
+                    flush=True,
+                )
+                found["lines"].append(line)
+                save(options.json, found)
+
+
 def footprint(sandbox: Sandbox) -> dict[str, int]:
     """What the sandbox holds while nothing runs."""
     time.sleep(1)
@@ -222,25 +285,34 @@ async def endure(sandbox: Sandbox, calls: int) -> tuple[float, dict[str, int], d
     return rate, before, footprint(sandbox)
 
 
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=4.0, help="per row")
-    parser.add_argument(
-        "--callers",
-        type=lambda text: [int(part) for part in text.split(",")],
-        default=[1, 8, 64, 256],
-    )
+    parser.add_argument("--callers", type=numbers, default=[1, 8, 64, 256])
     parser.add_argument("--calls", type=int, default=1000, help="of the endurance run; 0: none")
     parser.add_argument("--workers", type=int, default=None)
-    parser.add_argument("--servers", type=int, default=None, help="fork servers")
+    parser.add_argument("--servers", type=numbers, help="compare these numbers of fork servers")
     parser.add_argument("--json", type=Path, help="save the lines here")
     options = parser.parse_args()
     line = hardware()
     print(line)
+    found: dict[str, Any] = {"hardware": line, "lines": []}
+    if options.servers:
+        compare_servers(options, found)
+    else:
+        compare_ways(options, found)
+
+
+def compare_ways(options: argparse.Namespace, found: dict[str, Any]) -> None:
+    """The tables of the three ways, and the endurance run."""
     start = time.perf_counter()
-    with Sandbox(workers=options.workers, servers=options.servers) as sandbox:
+    with Sandbox(workers=options.workers) as sandbox:
         warm = time.perf_counter() - start
         layers = ", ".join(sorted(sandbox.plan.present))
         print(
@@ -250,7 +322,6 @@ def main() -> None:
         )
         server = Server(sandbox, port=0)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        found: dict[str, Any] = {"hardware": line, "lines": []}
         asyncio.run(
             compare(
                 options,
