@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from retool.rl.config.rollout import LEAST_TEMPERATURE, MOST_TEMPERATURE
+
 MOST_TOP_K = 2**31 - 1
-LEAST_TEMPERATURE = 1e-6
-MOST_TEMPERATURE = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,6 @@ class SamplingParams:
             raise ValueError(
                 f"temperature={self.temperature}: it must be at least 0, and at most {MOST_TEMPERATURE:g}."
             )
-        # Near 0 logits become infinite; long before that only the likeliest token is ever drawn
         if 0 < self.temperature < LEAST_TEMPERATURE:
             raise ValueError(
                 f"temperature={self.temperature}: below {LEAST_TEMPERATURE:g} use 0, the likeliest token."

@@ -142,8 +142,9 @@ def test_synonyms_name_keys_that_exist() -> None:
         (ARR + "actor.clip_ratio_low=1.5", "never negative"),
         (ARR + "actor.use_dynamic_bsz=false", "ppo_micro_batch_size_per_gpu"),
         (ARR + "rollout.n=1", "nothing to compare"),
-        (ARR + "rollout.temperature=0", "above 0"),
+        (ARR + "rollout.temperature=0", "at least 1e-06"),
         (ARR + "rollout.top_k=0", "Use -1"),
+        (ARR + "rollout.val_kwargs.temperature=1e-40", "Use 0 for the likeliest token"),
         (ARR + "actor.loss_agg_mode=token_mean", "token-mean"),
         (
             f"{ARR}actor.loss_agg_mode=token-mean {ARR}actor.policy_loss.loss_mode=gspo",

@@ -8,13 +8,20 @@ from typing import Any, Literal
 from retool.config import option
 from retool.config.options import DTYPE_SPELLINGS, AutoDtype
 
+# Near 0 logits become infinite; long before that only the likeliest token is ever drawn
+LEAST_TEMPERATURE = 1e-6
+MOST_TEMPERATURE = 1e6
+
 
 @dataclass(frozen=True)
 class ValKwargsConfig:
     """Sampling in validation."""
 
     temperature: float = option(
-        1.0, "Temperature in validation; 0 = always the likeliest token.", minimum=0
+        1.0,
+        "Temperature in validation; 0 = always the likeliest token.",
+        minimum=0,
+        maximum=MOST_TEMPERATURE,
     )
     top_p: float = option(
         1.0,
@@ -165,7 +172,10 @@ class RolloutConfig:
     )
     n: int = option(16, "Samples per prompt.", minimum=1)
     temperature: float = option(
-        1.0, "Temperature of the policy, when it samples and when it is trained.", above=0
+        1.0,
+        "Temperature of the policy, when it samples and when it is trained.",
+        minimum=LEAST_TEMPERATURE,
+        maximum=MOST_TEMPERATURE,
     )
     top_p: float = option(
         1.0,

@@ -8,6 +8,7 @@ from retool.config import Fault, nearest, options
 from retool.rl.agent.formats.table import problem_of_name
 from retool.rl.config import RLConfig, run_options
 from retool.rl.config.actor import ActorConfig
+from retool.rl.config.rollout import LEAST_TEMPERATURE
 from retool.rl.objective.advantages import ESTIMATORS
 from retool.rl.objective.losses import LOSSES
 from retool.rl.objective.user_functions import own_function
@@ -164,6 +165,11 @@ def _sampling(config: RLConfig) -> Iterator[Fault]:
         if value == 0:
             where = f"{_ARR}.rollout.{key}=0"
             yield Fault(where, "leaves no token to sample.", "Use -1 for all of them.")
+    cool = rollout.val_kwargs.temperature
+    if 0 < cool < LEAST_TEMPERATURE:
+        where = f"{_ARR}.rollout.val_kwargs.temperature={cool:g}"
+        way_out = f"Use 0 for the likeliest token, or {LEAST_TEMPERATURE:g} or more."
+        yield Fault(where, "is so near 0 that logits become infinite.", way_out)
     if config.actor_rollout_ref.actor.clip_ratio_low >= 1:
         problem = "must be below 1: a ratio is never negative."
         yield Fault(f"{_ARR}.actor.clip_ratio_low", problem, "DAPO uses 0.2.")
