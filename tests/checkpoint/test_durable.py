@@ -5,6 +5,7 @@ name before it is synced, and the older checkpoint goes last.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,12 @@ def test_a_power_cut_at_any_instant_leaves_a_whole_checkpoint(
     monkeypatch.undo()
 
     tracker = "latest_checkpointed_iteration.txt"
+    names = [event for event in disk.events if not re.search("sync|json", event)]
+    assert names == [
+        "global_step_6.tmp → global_step_6",
+        f".{tracker}.tmp → {tracker}",
+        "global_step_5 goes",
+    ]
     named = disk.events.index("global_step_6.tmp → global_step_6")
     assert disk.events[named + 1 :] == [
         "sync run",

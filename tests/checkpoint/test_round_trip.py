@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from retool.checkpoint import latest, load_flat
 from retool.checkpoint.format.checksums import checksums_of, write_archive
 from retool.checkpoint.format.stored_tensors import StoredTensor
 from retool.checkpoint.format.torch_file import TorchFile
+from retool.checkpoint.rng import derive
 from retool.checkpoint.shards.source import ShardSource
 from retool.parallel.fsdp.layout import local_pieces
 from tests.checkpoint import states
@@ -292,6 +294,17 @@ def test_checksums_are_compared_for_the_part_that_is_read(tmp_path: Path) -> Non
         ValueError, match=r"x\.pt: bytes \[6291456, 7340032\) differ from checksums\.json"
     ):
         file.read(file.content["a"], 1_000_000, 2_000_000)
+
+
+def test_other_ranks_draw_by_seed_step_and_rank() -> None:
+    places = [(3, 5, 0), (4, 5, 0), (3, 6, 0), (3, 5, 1)]
+    drawn = []
+    for place in [*places, places[0]]:
+        derive(*place)
+        drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))
+    assert drawn[-1] == drawn[0]
+    for numbers in zip(*drawn[:-1], strict=True):
+        assert len({*numbers}) == len(places)
 
 
 def test_buffers_can_be_made_ahead(tmp_path: Path) -> None:

@@ -270,6 +270,20 @@ class TestQwen3:
             prompt = renderer.text(self.thinking()[:i], generation_prompt=True)
             assert tokenizer.decode(sample.tokens[: int(np.argmax(sample.mask))]) == prompt
 
+    def test_split_trains_every_turn_once(self, renderer_of, tokenizer, tool_row, conversation):
+        """Within a question turns stay as they were: in the next one's sample they are context."""
+        messages = tool_row["messages"]
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for i in turns:
+            messages[i]["content"] = f"<think>\nstep {i}\n</think>\n\n" + messages[i]["content"]
+        messages += self.thinking()[:2]
+        samples = renderer_of("qwen3", history="split").render(conversation(tool_row))
+        found = [trained(tokenizer, sample) for sample in samples]
+        assert [len(runs) for runs in found] == [1] * (len(turns) + 1)
+        for (run,), i in zip(found[:-1], turns, strict=True):
+            assert run.startswith(f"<think>\nstep {i}\n</think>")
+        assert f"step {turns[0]}" in tokenizer.decode(samples[1].tokens)
+
     def test_split_honours_loss_mask_and_leaves_stable_rows_whole(
         self, renderer_of, tokenizer, conversation
     ):
@@ -476,6 +490,20 @@ def test_fingerprint_tells_templates_and_arguments_apart(renderer_of):
         renderer_of("qwen3", enable_thinking=False).fingerprint()
     ]
     assert len(set(prints)) == len(prints)
+
+
+def test_fingerprint_tells_tokenizers_apart(renderer_of, tokenizer):
+    """A token cache is named by it: another vocabulary, or another special token, makes another."""
+    renderer = renderer_of("chatml")
+    prints = {renderer.fingerprint()}
+    for change in ("vocabulary", "special"):
+        other = pickle.loads(pickle.dumps(tokenizer))
+        if change == "vocabulary":
+            other.add_tokens(["plums"])
+        else:
+            other.pad_token = other.eos_token = "A"
+        prints.add(Renderer(other, renderer.rendering).fingerprint())
+    assert len(prints) == 3
 
 
 def test_replaced_template_goes_into_the_export(tmp_path, tokenizer, renderer_of):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from retool.batch import Sample
-from retool.data import tokenise
+from retool.data import loader, tokenise
 from retool.data.loader import (
     StepOrder,
     divided_share,
@@ -259,7 +259,8 @@ class TestSteps:
         assert not thread.is_alive()
 
     @pytest.mark.parametrize(("dp", "sp"), [(1, 1), (2, 2), (3, 1), (60, 1)])
-    def test_validation_covers_every_row_once(self, memory, dp, sp):
+    def test_validation_covers_every_row_once(self, memory, monkeypatch, dp, sp):
+        monkeypatch.setattr(loader, "SAMPLES_A_VALIDATION_PLAN", 20)
         ranks = [
             list(iterate_validation(memory, Packing(Budget(150), r, dp, sp))) for r in range(dp)
         ]

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from examples.quickstart.model import END_OF_TEXT, TURN_END
 from retool import optim
 from retool.batch import Sample, pack
+from retool.checkpoint import write
 from retool.checkpoint.__main__ import main as checkpoints
 from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.metrics import read_jsonl
@@ -441,6 +442,36 @@ def test_weights_that_became_infinite_are_not_saved(
     assert main(words(work, out, trainer__total_training_steps=1, optim__lr=1e38)) == 1
     assert "step 1 isn't saved: NaN or infinite values in " in capfd.readouterr().err
     assert not list(out.glob("global_step_*"))
+
+
+@pytest.mark.parametrize("fails", [2, 3])
+def test_a_save_that_fails_ends_the_run_with_1_only_if_it_is_the_last(
+    work: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fails: int,
+) -> None:
+    write_archive = write.write_archive
+
+    def on_a_full_disk(path: Path, content: Any) -> dict[str, Any]:
+        if f"global_step_{fails}." in str(path):
+            raise OSError(28, "No space left on device")
+        return write_archive(path, content)
+
+    monkeypatch.setattr(write, "write_archive", on_a_full_disk)
+    out = tmp_path / "run"
+    few = {"data__train_batch_size": 1, "trainer__total_training_steps": 3}
+    status = main(words(work, out, trainer__save_freq=1, **few))
+    (told,) = caplog.messages
+    assert f"global_step_{fails} was not saved: rank 0: OSError: [Errno 28] No space left" in told
+    last = "step 3 was trained, but its checkpoint could not be saved" in capfd.readouterr().err
+    assert (status, last) == (int(fails == 3), fails == 3)
+    saved = sorted(folder.name for folder in out.glob("global_step_*"))
+    assert saved == [f"global_step_{step}" for step in (1, 2, 3) if step != fails]
+    assert (out / "latest_checkpointed_iteration.txt").read_text() == saved[-1][-1]
+    assert [e["step"] for e in steps(out)] == [1, 2, 3]
 
 
 def test_nan_in_the_weights_is_refused_before_the_first_step(
