@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from retool.config import parse
@@ -19,8 +20,9 @@ from retool.rl.build import (
     validation_sampling,
 )
 from retool.rl.config import RLConfig
+from retool.rl.objective.batching import Row
 from retool.rl.reward.protocol import Judged
-from retool.rl.train import one_update
+from retool.rl.train import micro_batches, one_update
 from tests.rl.conftest import make_prompt
 from tests.rl.test_config import ARR, REQUIRED
 
@@ -134,3 +136,17 @@ def test_the_order_of_the_questions_is_the_datas_own_or_its_seeds() -> None:
         order(data__seed=2),
     )
     assert order(trainer__seed=1) == shuffled
+
+
+def test_dr_grpos_mean_is_over_the_longest_answer_that_the_run_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("retool.rl.build.quadratic_length", lambda model: 33)
+    mask = np.array([False, True, True, True])
+    zeros = np.zeros(4)
+    row = Row(np.arange(4, dtype=np.int32), mask, zeros, zeros, zeros, zeros)
+    config = config_of(data__max_response_length=50)
+    report = SimpleNamespace(config=config, model=object(), aggregation="seq-mean-token-sum-norm")
+    session: Any = SimpleNamespace(report=report, mesh=SimpleNamespace(dp_rank=0, dp=1, sp=1))
+    weights = [float(batch.weights.sum()) for batch in micro_batches(session, [row, row])]
+    assert sum(weights) == pytest.approx(2 * 3 / (2 * 50))

@@ -8,7 +8,7 @@ import asyncio
 import json
 import threading
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,7 +28,8 @@ from retool.rl.failures import warn_of_failures
 from retool.rl.report import write_training, write_validation
 from retool.rl.reward.protocol import Judged
 from retool.rl.state import TrainState, adapted_kl_coef, group_to_plain, regroup, restored
-from retool.rl.types import Group, Prompt, Scored, Stop
+from retool.rl.types import Group, Prompt, Scored, Stop, Trajectory
+from retool.run.session import Skips
 from tests.rl.conftest import make_prompt, make_trajectory
 
 
@@ -468,6 +469,7 @@ def test_kept_groups_survive_a_checkpoint(tmp_path) -> None:
         step=4,
         updates=8,
         position=24,
+        skips=Skips(3),
         kept=[Group(prompt, members)],
     )
     (tmp_path / "data.pt").write_bytes(frozen(state.data_state(), "data_state"))
@@ -480,10 +482,14 @@ def test_kept_groups_survive_a_checkpoint(tmp_path) -> None:
         24,
         4,
     )
+    assert back.skips.total == 3
     first, second = (member.trajectory for member in back.kept[0].members)
     assert first.experts is not None and np.array_equal(first.experts, experts)
     assert second.experts is None and second.turn_rewards == (0.0, 0.25)
     before = group_to_plain(state.kept[0])
+    # What was said went to the judge, and what a lost one was lost to is in its `info`
+    left_out = {"prompt", "messages", "tool_uses", "tool_failure"}
+    assert {field.name for field in fields(Trajectory)} - left_out <= set(before["members"][0])
     after = group_to_plain(back.kept[0])
     for one, other in zip(before["members"], after["members"], strict=True):
         assert all(
