@@ -15,9 +15,10 @@ The tool takes `--tool-ms` and begins at most as many calls a second as `--rate`
 number). Time is the thread's CPU time and what it waits, which is passed over: as on a machine that
 has nothing else to do. With a real engine or interpreter it is the clock's.
 
-*s*: a round. *device*: the part in which the device had work, the baseline: a host that costs
-nothing takes as long. *tools* and *loop*: `timing_s/tools` and `timing_s/loop`. *host*: CPU
-milliseconds of a turn, steps included. `--profile N` prints the functions that took most.
+*s*: a round; *first*: the one before those, in which graphs are recorded. *device*: the part in which
+the device had work, the baseline: a host that costs nothing takes as long. *tools* and *loop*:
+`timing_s/tools` and `timing_s/loop`. *host*: CPU milliseconds of a turn, steps included.
+`--profile N` prints the functions that took most.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ from retool.rl.types import Prompt
 SAMPLES = 16  # of each prompt
 COLUMNS = [
     "tool",
+    "first",
     "s",
     "device",
     "tools",
@@ -400,19 +402,21 @@ def play(
 
 
 def measure(stage: Stage, renderer: Renderer, args: Namespace) -> dict[str, list[float]]:
-    """The rounds of a line, after one that warms up."""
+    """The rounds of a line, after the first one."""
     profile = cProfile.Profile()
-    play(stage, renderer, args, cProfile.Profile())
+    first = play(stage, renderer, args, cProfile.Profile())
     rounds = [play(stage, renderer, args, profile) for _ in range(args.repeats)]
     if args.profile:
         pstats.Stats(profile).strip_dirs().sort_stats("tottime").print_stats(args.profile)
-    return {name: [each[name] for each in rounds] for name in rounds[0]}
+    found = {name: [each[name] for each in rounds] for name in rounds[0]}
+    return {"first": [first["seconds"]], **found}
 
 
 def cells(line: dict[str, Any]) -> list[str]:
     m = {name: statistics.median(each) for name, each in line.items() if name != "name"}
     return [
         line["name"],
+        f"{m['first']:.2f}",
         f"{m['seconds']:.2f}",
         f"{m['device']:.2f}",
         f"{m['tools']:.2f}",

@@ -152,6 +152,9 @@ class StepAhead(NamedTuple):
 
     def join(self, sequence: Sequence, source: int | None, position: int) -> None:
         """Take the first free row."""
-        slot = next((slot for slot, row in enumerate(self.rows) if row is None), len(self.rows))
+        rows = self.rows
+        # Those before the last one taken aren't free
+        begin = self.joins[-1].slot + 1 if self.joins else 0
+        slot = next((slot for slot in range(begin, len(rows)) if rows[slot] is None), len(rows))
         self.rows[slot : slot + 1] = [sequence]
         self.joins.append(Join(slot, sequence, source, position))
