@@ -276,22 +276,20 @@ class Pool:
 
         With the first of them its twins went, too.
         """
-        self.failures += 1
         first = server is self.servers.first
         lost = self.servers.all if first else [server]
         for each in lost:
             self._events.forget(each.control.fileno())
         if first:
+            self.failures += 1
             self.complaint = f"the fork server died (code {self.servers.bury()})"
         else:
             self.complaint = "a fork server died"
             self.servers.bury_twin(server)
         ended = self._abandon(lost)
-        if self.failures >= MOST_FAILURES:
-            return ended
-        if first:
+        if first and self.failures < MOST_FAILURES:
             self._restart()
-        elif server.pid:  # one that never got warm wouldn't now
+        elif not first and server.pid:  # one that never got warm wouldn't now
             twin = self.servers.add_twin()
             self._listen_to(twin)
         return ended

@@ -8,12 +8,13 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from retool.sandbox import Limits, Result, Sandbox, forkserver
+from retool.sandbox import Limits, Result, Sandbox, embedded, forkserver
 from tests.sandbox.modes import Mode, modes_here
-from tests.sandbox.world import descendants, settled
+from tests.sandbox.world import descendants, process_state, settled
 
 SERVERS = 3
 # As many open files as a machine may allow for a start: fewer than all the cells' pipes
@@ -30,6 +31,11 @@ def sandbox() -> Iterator[Sandbox]:
 def parent(pid: int) -> int:
     with open(f"/proc/{pid}/stat") as file:
         return int(file.read().rpartition(")")[2].split()[1])
+
+
+def has_ended(pid: int) -> bool:
+    """Gone, or nothing but a name that its parent, who is stopped, hasn't asked for yet."""
+    return not os.path.exists(f"/proc/{pid}") or process_state(pid) == "Z"
 
 
 def living(servers: list[int]) -> list[int]:
@@ -102,6 +108,24 @@ def test_their_number_follows_workers_and_processors(monkeypatch: pytest.MonkeyP
     assert numbers == [1, 1, 8, 4, 8]
     with pytest.raises(ValueError, match="servers=0"):
         Sandbox(servers=0)
+
+
+@pytest.mark.slow
+def test_all_at_once_are_one_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many end with the first, and whichever of them is heard of first."""
+    monkeypatch.setattr(embedded, "RETRIES", 0)
+    with Sandbox(Limits(), workers=2, servers=8) as sandbox:
+        first, *twins = sandbox.server_pids
+        with ThreadPoolExecutor(1) as thread:
+            os.kill(sandbox.pid, signal.SIGSTOP)
+            call = thread.submit(sandbox.run_blocking, "1 + 1")
+            time.sleep(0.1)  # it is heard of before them
+            for victim in (*twins, first):
+                os.kill(victim, signal.SIGKILL)
+                assert waits_for(lambda victim=victim: has_ended(victim))
+            os.kill(sandbox.pid, signal.SIGCONT)
+            assert call.result().stdout == "2\n"
+        assert settled(sandbox) and sandbox.restarts == 0
 
 
 @pytest.mark.slow
