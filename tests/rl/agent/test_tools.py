@@ -8,7 +8,9 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -152,22 +154,32 @@ def test_a_tool_of_ones_own(tmp_path: Path) -> None:
 
 class Clingy(Echo):
     async def close(self) -> None:
-        if self.config["end"] == "raise":
+        end = self.config["end"]
+        if end == "raise":
             raise KeyError("gone")
-        await asyncio.sleep(self.config["end"])
+        if end == "exit":
+            sys.exit(3)
+        if end == "stay":  # cancelled once, it goes on
+            end = 60
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(end)
+        await asyncio.sleep(end)
 
 
 def test_tools_that_do_not_close_are_told_of_and_the_others_closed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(load, "CLOSE_SECONDS", 0.05)
-    closed: list[Tool] = [Clingy({"end": end}, {}) for end in ("raise", 60, 0)]
+    closed: list[Tool] = [Clingy({"end": end}, {}) for end in ("raise", "exit", 60, "stay", 0)]
+    begin = time.monotonic()
     with pytest.warns(UserWarning) as told:
         asyncio.run(close_tools(closed))
     assert [str(w.message) for w in told] == [
         "the tool echo did not close: KeyError: 'gone'",
-        "the tool echo did not close: TimeoutError: ",
+        "the tool echo did not close: SystemExit: 3",
+        *["the tool echo did not close: it took longer than 0.05 s"] * 2,
     ]
+    assert time.monotonic() < begin + 30
 
 
 class NoSchema:

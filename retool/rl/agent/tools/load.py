@@ -6,7 +6,6 @@ interpreter here.
 
 from __future__ import annotations
 
-import asyncio
 import difflib
 import math
 import warnings
@@ -24,6 +23,7 @@ from retool.rl.agent.tools.interpreter import SCHEMA, CodeInterpreter, Interpret
 from retool.rl.agent.tools.mcp import mcp_tools, read_server
 from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.agent.tools.session import SESSION_SCHEMA, InterpreterSession
+from retool.rl.agent.tools.state import outcome_of
 from retool.rl.agent.tools.verl.modules import verl_importable
 from retool.rl.reward.source import OF_PROGRAM
 
@@ -206,9 +206,15 @@ async def close_tools(tools: Iterable[AnyTool]) -> None:
     work is done.
     """
     for tool in tools:
-        try:
-            await asyncio.wait_for(tool.close(), CLOSE_SECONDS)
-        except Exception as error:  # whatever a user's tool raises
-            warnings.warn(
-                f"the tool {tool.name} did not close: {type(error).__name__}: {error}", stacklevel=1
-            )
+        # Not `wait_for`, which waits for one that doesn't heed being cancelled
+        outcome = await outcome_of(_close(tool), CLOSE_SECONDS)
+        reason = f"it took longer than {CLOSE_SECONDS:g} s"
+        if outcome is not None:
+            if outcome.error is None:
+                continue
+            reason = outcome.reason
+        warnings.warn(f"the tool {tool.name} did not close: {reason}", stacklevel=1)
+
+
+async def _close(tool: AnyTool) -> None:
+    await tool.close()
