@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from retool.rl.state import TrainState, regroup
 from retool.rl.types import LOST, Group, Prompt, Scored
 from retool.run.folder import say
 
+SECONDS_TO_GIVE_UP = 5.0  # in which a rollout that Ctrl-C ended may close what it keeps
 MAX_EMPTY_ROUNDS = 20  # of dynamic sampling in a row without a single group worth training on
 Metrics = dict[str, float]
 
@@ -332,8 +333,7 @@ def _give_up(rollout: asyncio.Task[Any], loop: asyncio.AbstractEventLoop) -> Non
     if rollout.done():
         return
     rollout.cancel()
-    with suppress(Exception, asyncio.CancelledError):
-        loop.run_until_complete(rollout)
+    loop.run_until_complete(asyncio.wait({rollout}, timeout=SECONDS_TO_GIVE_UP))
 
 
 def _tell(run: Run, failed: Sequence[Share], left: int) -> None:
