@@ -194,27 +194,27 @@ def _fill_evenly(
 ) -> list[list[int]] | None:
     """Each sample, dearest first, into the cheapest micro-batch with room; None without room."""
     micro_batches: list[list[int]] = [[] for _ in range(count)]
-    held = [0] * count
-    cheapest = [(0.0, number) for number in range(count)]  # a heap
+    room = [capacity] * count
+    # Two heaps: those that may have room, the cheapest first; and those that had none, by their room
+    cheapest = [(0.0, number) for number in range(count)]
+    without: list[tuple[int, float, int]] = []
     each = list(zip(weights.tolist(), costs.tolist(), strict=True))
-    smallest = int(weights.min())
     for i in np.argsort(-costs, kind="stable").tolist():
         weight, cost_of = each[i]
-        passed: list[tuple[float, int]] = []
+        # Samples get shorter: what had no room for one may have it for the next
+        while without and -without[0][0] >= weight:
+            _, spent, number = heappop(without)
+            heappush(cheapest, (spent, number))
         # What is larger than the budget fits where nothing else is
-        while cheapest and held[cheapest[0][1]] and held[cheapest[0][1]] + weight > capacity:
-            full = heappop(cheapest)
-            # Where nothing will ever fit isn't looked at again
-            if held[full[1]] + smallest <= capacity:
-                passed.append(full)
+        while cheapest and room[cheapest[0][1]] < min(weight, capacity):
+            spent, number = heappop(cheapest)
+            heappush(without, (-room[number], spent, number))
         if not cheapest:
             return None
         spent, number = cheapest[0]
         micro_batches[number].append(i)
-        held[number] += weight
+        room[number] -= weight
         heapreplace(cheapest, (spent + cost_of, number))
-        for other in passed:
-            heappush(cheapest, other)
     return micro_batches
 
 
