@@ -408,9 +408,11 @@ def test_validation_alone_gives_the_likeliest_answers_and_trains_nothing(
                 for line in (out / "report" / "val_000000.jsonl").read_text().splitlines()
             ]
         )
+        said = capsys.readouterr().out
+        assert "nothing is trained" in said and "optimizer step" not in said
         shown = [
             line.split(" → ")
-            for line in capsys.readouterr().out.splitlines()
+            for line in said.splitlines()
             if line.startswith("val/generations, step 0: ")
         ]
         assert len({question for question, _, _ in shown}) == 2

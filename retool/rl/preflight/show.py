@@ -58,14 +58,11 @@ def in_words(report: RLReport) -> Iterator[tuple[str, str]]:
     if report.loop is not None:
         where = "the program" if report.loop.path is None else report.loop.path
         yield "loop", f"{report.loop.name} in {where} plays every trajectory"
-    yield "a step", _step_words(report)
-    yield (
-        "schedule",
-        (
-            f"{report.steps:,} steps, {report.steps * report.updates_per_step:,} optimizer steps at "
-            f"{wanted.actor.optim.lr:g}"
-        ),
-    )
+    if report.config.trainer.val_only:
+        yield "schedule", "a validation, and nothing is trained"
+    else:
+        yield "a step", _step_words(report)
+        yield "schedule", _schedule_words(report)
     yield "memory", _memory_words(report)
     if network := _network_words(report):
         yield "network", network
@@ -165,6 +162,12 @@ def _function_words(source: RewardSource) -> str:
     where = "the program" if source.own is not None else source.path
     name = source.name if where is None else f"{source.name} in {where}"
     return name if source.weight == 1 else f"{source.weight:g} × {name}"
+
+
+def _schedule_words(report: RLReport) -> str:
+    updates = report.steps * report.updates_per_step
+    rate = report.config.actor_rollout_ref.actor.optim.lr
+    return f"{report.steps:,} steps, {updates:,} optimizer steps at {rate:g}"
 
 
 def _step_words(report: RLReport) -> str:
