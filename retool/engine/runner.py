@@ -137,8 +137,9 @@ class Recordings:
                     tensor.copy_(value)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
-        with capture(graph, self.pool):
+        pool = torch.cuda.graph_pool_handle() if self.pool is None else self.pool
+        with capture(graph, pool):
             step()
+        # Only now: torch refuses a pool with memory in use whose only recording broke off
+        self.pool = pool
         return graph

@@ -20,6 +20,7 @@ from retool.engine.kernels.kv_cache import KVCache
 from retool.engine.kernels.pages import Pages
 from retool.engine.kernels.place import can_place
 from retool.engine.kernels.sampling import sample
+from retool.engine.runner import Recordings
 from retool.model.attention.dispatch import choose_backend, kernel_error
 from retool.model.build import ModelOptions, build_decoder
 from retool.parallel.fsdp import Sharded, local_pieces
@@ -68,6 +69,27 @@ def engine_of(model: Sharded, **options: Any) -> Engine:
     )
     engine.sync(model)
     return engine
+
+
+def test_steps_are_recorded_after_a_first_one_that_broke_off() -> None:
+    """An engine is tried again: what the broken recording took may still be in use then."""
+    need_gpus(1)
+    recordings = Recordings()
+    x = torch.ones(64, 64, device=DEVICE)
+    kept: list[torch.Tensor] = []
+
+    def broken() -> None:
+        product = x @ x
+        if torch.cuda.is_current_stream_capturing():
+            kept.append(product)
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        recordings.run("one", broken)
+    for key in ("one", "another"):
+        recordings.run(key, lambda: x.add_(1))
+    # A step is run twice before it is recorded, and once as recorded
+    assert len(kept) == 1 and bool((x == 7).all())
 
 
 def sampled(engine: Engine, tag: str, temperature: float = 1.0, count: int = 40) -> list[TurnDone]:

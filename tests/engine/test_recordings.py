@@ -164,6 +164,33 @@ def same(found: list[TurnDone], want: list[TurnDone]) -> None:
         np.testing.assert_allclose(a.logp, b.logp, atol=3e-5)
 
 
+def test_after_a_first_recording_that_broke_off_another_pool_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch refuses one that has memory in use and no recording, and an engine is tried again."""
+    in_cpu_clothes(monkeypatch, graphs=True)
+    handles = itertools.count(1)
+    taken: list[object] = []
+
+    @contextmanager
+    def recorder(_: Recording, pool: object) -> Iterator[None]:
+        taken.append(pool)
+        yield
+
+    def out_of_memory() -> None:
+        if taken:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, next(handles)))
+    monkeypatch.setattr(runner, "capture", recorder)
+    recordings = runner.Recordings()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        recordings.run("one", out_of_memory)
+    recordings.run("one", lambda: None)
+    recordings.run("another", lambda: None)
+    assert taken == [(0, 1), (0, 2), (0, 2)]
+
+
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize(
     "way",

@@ -138,9 +138,8 @@ class Graphs:
     def record(self, work: Work, model: Sharded) -> Work:
         graph = torch.cuda.CUDAGraph()
         overlap = model.overlap
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
-        with capture(graph, self.pool):
+        pool = torch.cuda.graph_pool_handle() if self.pool is None else self.pool
+        with capture(graph, pool):
             overlap.follow_new_weights()
             try:
                 result = work()
@@ -149,6 +148,8 @@ class Graphs:
                 # Also where an error ends it: streams that haven't come back can't be ended
                 for stream in (overlap.gather_stream, overlap.reduce_stream):
                     come_back(stream)
+        # Only now: torch refuses a pool with memory in use whose only recording broke off
+        self.pool = pool
 
         def replay() -> torch.Tensor:
             graph.replay()
