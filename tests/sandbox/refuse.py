@@ -1,10 +1,11 @@
 """Runs a command the way a default container does: no new namespaces, no mounts, few capabilities.
 
-`refuse.py [--no-scopes] COMMAND…`
+`refuse.py [--no-scopes | --no-pidfd] COMMAND…`
 
 A system-call filter of its own, simpler than the one under test, answers EPERM; the bounding set is
 cut to what container runtimes leave. Whatever it starts meets a real kernel's refusal, not a
 simulated one. `--no-scopes`: Landlock takes no rules on signals and sockets, as before Linux 6.12.
+`--no-pidfd` refuses nothing else: no descriptor stands for a process, as before Linux 5.3.
 """
 
 from __future__ import annotations
@@ -53,18 +54,14 @@ SIZE_WITH_SCOPES = 24
 E2BIG = 0x00050007
 CLONE = {"x86_64": 56, "aarch64": 220}
 CLONE3 = 435
+PIDFD_OPEN = 434
 # CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID, SETUID, SETPCAP, NET_BIND_SERVICE, NET_RAW,
 # SYS_CHROOT, MKNOD, AUDIT_WRITE, SETFCAP
 KEPT = {0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 31}
 
 
-def main() -> None:
-    command = sys.argv[1:]
-    unscoped = command[0] == "--no-scopes"
-    if unscoped:
-        del command[0]
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+def container(unscoped: bool) -> list[tuple[int, int, int, int]]:
+    """The filter's steps: code, jump if true, jump if false, operand."""
     machine = os.uname().machine
     steps = [(LOAD, 0, 0, 0)]
     for number in DENIED[machine].values():
@@ -85,6 +82,24 @@ def main() -> None:
         (RET, 0, 0, EPERM),
         (RET, 0, 0, ALLOW),
     ]
+    return steps
+
+
+WITHOUT_PIDFD = [
+    (LOAD, 0, 0, 0),
+    (JEQ, 0, 1, PIDFD_OPEN),
+    (RET, 0, 0, ENOSYS),
+    (RET, 0, 0, ALLOW),
+]
+
+
+def main() -> None:
+    command = sys.argv[1:]
+    option = command.pop(0) if command[0].startswith("--") else ""
+    without_pidfd = option == "--no-pidfd"
+    steps = WITHOUT_PIDFD if without_pidfd else container(option == "--no-scopes")
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
     program = b"".join(struct.pack("HBBI", code, jt, jf, k) for code, jt, jf, k in steps)
     code = ctypes.create_string_buffer(program, len(program))
     header = ctypes.create_string_buffer(
@@ -95,7 +110,7 @@ def main() -> None:
     if libc.prctl(22, 2, ctypes.addressof(header), 0, 0):
         raise SystemExit("the filter was refused")
     for capability in range(41):
-        if capability not in KEPT:
+        if capability not in KEPT and not without_pidfd:
             libc.prctl(24, capability, 0, 0, 0)
     os.execvp(command[0], command)
 

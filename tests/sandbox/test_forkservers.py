@@ -6,6 +6,7 @@ import asyncio
 import collections
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from retool.sandbox import Limits, Result, Sandbox, embedded, forkserver
-from tests.sandbox.modes import Mode, modes_here
+from tests.sandbox.modes import REFUSE, Mode, modes_here
 from tests.sandbox.world import descendants, process_state, settled
 
 SERVERS = 3
@@ -126,6 +127,18 @@ def test_all_at_once_are_one_failure(monkeypatch: pytest.MonkeyPatch) -> None:
             os.kill(sandbox.pid, signal.SIGCONT)
             assert call.result().stdout == "2\n"
         assert settled(sandbox) and sandbox.restarts == 0
+
+
+@pytest.mark.slow
+def test_the_first_is_enough_where_the_kernel_is_too_old() -> None:
+    """A twin needs a descriptor that stands for its own pid namespace."""
+    launcher = [sys.executable, REFUSE, "--no-pidfd"]
+    with Sandbox(Limits(), workers=2, servers=3, launcher=launcher) as sandbox:
+        nested = "pid_namespace" in sandbox.plan.present
+        assert len(sandbox.server_pids) == (1 if nested else 3)
+        for _ in range(4):
+            assert sandbox.run_blocking("1 + 1").stdout == "2\n"
+        assert settled(sandbox)
 
 
 @pytest.mark.slow
