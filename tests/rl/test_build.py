@@ -20,9 +20,12 @@ from retool.rl.build import (
     validation_sampling,
 )
 from retool.rl.config import RLConfig
+from retool.rl.config.algorithm import KLControlConfig
 from retool.rl.objective.batching import Row
+from retool.rl.objective.experience import Experience
 from retool.rl.reward.protocol import Judged
-from retool.rl.train import micro_batches, one_update
+from retool.rl.state import TrainState
+from retool.rl.train import adapt_kl, micro_batches, one_update
 from tests.rl.conftest import make_prompt
 from tests.rl.test_config import ARR, REQUIRED
 
@@ -150,3 +153,14 @@ def test_dr_grpos_mean_is_over_the_longest_answer_that_the_run_allows(
     session: Any = SimpleNamespace(report=report, mesh=SimpleNamespace(dp_rank=0, dp=1, sp=1))
     weights = [float(batch.weights.sum()) for batch in micro_batches(session, [row, row])]
     assert sum(weights) == pytest.approx(2 * 3 / (2 * 50))
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [("fixed", 0.5), ("adaptive", 0.5 * (1 + 0.2 / 10))])
+def test_a_fixed_coefficient_of_the_kl_stays(kind: Any, wanted: float) -> None:
+    state = TrainState(0.5)
+    row: Any = object()
+    made = Experience([row], [0], [0], {}, kl=9.0)
+    adapt_kl(state, made, KLControlConfig(type=kind, horizon=10, target_kl=0.1))
+    assert state.kl_coef == pytest.approx(wanted)
+    adapt_kl(state, Experience([row], [0], [0], {}), KLControlConfig(type=kind))
+    assert state.kl_coef == pytest.approx(wanted), "there is no KL in the reward"

@@ -85,6 +85,8 @@ def test_a_run_learns_from_what_its_world_gives_and_counts_what_breaks(brief, tm
         assert entry["num_turns/max"] == 6 and entry["actor/grad_norm"] > 0
     calls = calls_of(log)
     assert len(entries) == 1 and len(calls) == 1 + 16, "preflight's, and a step's"
+    seeds = Counter(world.split("/")[0] for world in calls)
+    assert sorted(seeds.values()) == [1, 4, 4, 4, 4], "a question's answers have one seed"
     assert all(each["reset"] == each["close"] == 1 for each in calls.values())
 
 
