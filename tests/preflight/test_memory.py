@@ -435,6 +435,26 @@ def test_the_plan_has_the_dtypes_of_the_run() -> None:
         assert planned == [made.master_dtype, made.param_dtype, made.reduce_dtype]
 
 
+def test_the_run_does_what_was_chosen() -> None:
+    choice = choose(model(), Setting(), 64, 64, None, 80)
+    chosen = replace(choice, recompute="full", parked=3, keep_copy=False, reshard=False)
+    words = [
+        "data.train_files=a.parquet",
+        "model.partial_pretrain=m",
+        "trainer.device=cpu",
+        "model.attn=reference",
+        "model.impl=transformers",
+        "model.use_compile=false",
+        "model.fsdp_config.forward_prefetch=false",
+    ]
+    report = SFTReport(parse(SFTConfig, words), World(1, 1, 1), choice=chosen)
+    made = model_options(report, torch.device("cpu"))
+    assert (made.recompute, made.parked) == ("full", 3)
+    assert (made.attn, made.impl) == ("reference", "transformers")
+    switches = (made.keep_copy, made.reshard_after_forward, made.use_compile, made.forward_prefetch)
+    assert switches == (False,) * 4
+
+
 def test_a_residual_stream_in_fp32_is_counted() -> None:
     """Of fully recomputed blocks exactly: their inputs are what is kept of it, and the hidden
     states before the final norm.

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from retool import checkpoint
 from retool.batch import PackedBatch
 from retool.data.loader import epoch_order
 from retool.metrics import read_jsonl
@@ -54,6 +55,17 @@ KEYS = {
     "trainer__max_ckpt_to_keep": 2,
     "trainer__checkpoint__save_contents": "[model,optimizer,extra]",
 }
+
+CHATML = Path(__file__).parents[1] / "data/templates/chatml.jinja"
+READER = """
+import json
+
+def read_none(path):
+    return []
+
+def read_all(path):
+    return map(json.loads, open(path))
+"""
 
 
 class Said(NamedTuple):
@@ -207,17 +219,35 @@ def test_unshuffled_rows_are_padded_and_divided_as_asked(
         return train_step(model, optimizer, packs, *rest, **more)
 
     monkeypatch.setattr(train, "train_step", watched)
+    saved: list[bool] = []
+    save = checkpoint.save
+
+    def watched_save(*given: Any, options: checkpoint.SaveOptions, **more: Any) -> Any:
+        saved.append(options.async_save)
+        return save(*given, options=options, **more)
+
+    monkeypatch.setattr(checkpoint, "save", watched_save)
+    reader = tmp_path / "reader.py"
+    reader.write_text(READER)
     asked = {
-        "data__train_files": write(tmp_path / "train.jsonl", made),
+        "data__train_files": write(tmp_path / "train.rows", made),
+        "data__custom_cls__path": reader,
+        "data__custom_cls__name": "read_all",
         "data__shuffle": "false",
         "data__micro_batch_size_per_gpu": 2,
         "data__fill_micro_batches": "false",
         "data__max_length": 64,
         "use_remove_padding": str(not padded).lower(),
         "trainer__total_training_steps": 1,
-        "trainer__checkpoint__save_contents": "[model]",
+        "trainer__checkpoint__save_contents": "[hf_model]",
+        "trainer__checkpoint__async_save": str(padded).lower(),
+        "data__chat_template": CHATML,
     }
-    assert main(words(work, tmp_path / "run", **asked)) == 0
+    out = tmp_path / "run"
+    assert main(words(work, out, **asked)) == 0
+    assert saved == [padded]
+    export = out / "global_step_1" / "huggingface"
+    assert AutoTokenizer.from_pretrained(export).chat_template == CHATML.read_text()
     # By their tokens three of these would fit beside each other
     assert [len(pack.seqlens) for pack in seen] == [2, 2]
     found = []
