@@ -12,6 +12,7 @@ from retool.config import parse
 from retool.data.packing import Budget
 from retool.rl.agent.rollout import Overlong, Sampling
 from retool.rl.build import (
+    experience_options,
     logprob_budget,
     rollout_parts,
     stream,
@@ -164,3 +165,16 @@ def test_a_fixed_coefficient_of_the_kl_stays(kind: Any, wanted: float) -> None:
     assert state.kl_coef == pytest.approx(wanted)
     adapt_kl(state, Experience([row], [0], [0], {}), KLControlConfig(type=kind))
     assert state.kl_coef == pytest.approx(wanted), "there is no KL in the reward"
+
+
+@pytest.mark.parametrize("credited", [True, False])
+def test_turns_have_their_rewards_only_where_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, credited: bool
+) -> None:
+    monkeypatch.setattr("retool.rl.build.quadratic_length", lambda model: 33)
+    config = config_of(algorithm__credit_turns=credited, rollout__temperature=0.7)
+    reward = SimpleNamespace(turn_weight=0.25)
+    report: Any = SimpleNamespace(config=config, estimator=object(), reward=reward, model=object())
+    options = experience_options(report, TrainState(0.5, step=3), one_update=True)
+    assert options.turn_weight == (0.25 if credited else 0)
+    assert (options.step, options.kl_coef, options.temperature) == (3, 0.5, 0.7)

@@ -322,6 +322,20 @@ def test_whatever_a_tool_gives_or_raises_is_its_error_not_the_runs(
     assert said in renderer.tokenizer.decode(trajectory.tokens)
 
 
+class Changes(Answers):
+    async def call(self, arguments):
+        arguments["code"].clear()
+        return await super().call(arguments)
+
+
+def test_what_a_tool_does_to_its_arguments_nobody_else_sees(renderer_of, tool_row) -> None:
+    renderer = renderer_of("hermes")
+    turns = [say(renderer, call_text(["1"])), say(renderer, "Done.")]
+    trajectory, _ = episode(renderer, tool_row, turns, Changes(["ok"]))
+    (use,) = trajectory.tool_uses
+    assert use.arguments == {"code": ["1"]}
+
+
 async def untold():
     class Untold(Exception):
         def __str__(self):
