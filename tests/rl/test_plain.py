@@ -33,6 +33,7 @@ TARGET, HORIZON = 0.01, 100
 OPTIONS = [
     f"trainer.total_training_steps={STEPS}",
     "trainer.val_before_train=false",
+    "trainer.test_freq=1",
     f"{ARR}rollout.val_kwargs.temperature={TEMPERATURE}",
     f"data.max_response_length={LONGEST}",
     "data.gen_batch_size=6",
@@ -185,11 +186,12 @@ def test_a_run_is_what_a_plain_program_computes(work, tmp_path, monkeypatch) -> 
         return found
 
     def validated(*args):
-        checked.extend(sample(*args))
-        return checked
+        answered = sample(*args)
+        checked.append([member.trajectory for group in answered for member in group.members])
+        return answered
 
     taken: list[tuple[list[Group], int]] = []
-    checked: list[Group] = []
+    checked: list[list[Trajectory]] = []
     collect = train.collect
     sample = train.sample
     monkeypatch.setattr(train, "collect", observed)
@@ -197,8 +199,12 @@ def test_a_run_is_what_a_plain_program_computes(work, tmp_path, monkeypatch) -> 
     assert main(words(work, tmp_path, *OPTIONS, f"data.val_files={work}/val.jsonl")) == 0
     asked = [[group.prompt.index for group in groups] for groups, _ in taken]
     assert asked == [[0, 1, 2, 3], [4, 5, 6, 7]]  # places in the stream: each is trained once
-    for groups, asked_before in taken:
+    for (groups, asked_before), answers in zip(taken, checked, strict=True):
         plain.train(groups, asked_before)
+        assert len(answers) == 3
+        for answer in answers:  # a validation asks what came of the last update
+            wanted = sampled(plain.policy, answer)[0].detach()
+            assert torch.allclose(told_by(answer.logp, answer), wanted, atol=2e-3)
     entries = steps(tmp_path)
     for entry, told in zip(entries, plain.told, strict=True):
         assert entry["actor/reward_kl_penalty"] == pytest.approx(told["kl"], rel=1e-3, abs=1e-6)
@@ -208,12 +214,6 @@ def test_a_run_is_what_a_plain_program_computes(work, tmp_path, monkeypatch) -> 
         assert all(0 < entry[name] < 1 for name in at_work)
         assert 0 < entry["training/rollout_logp_diff_mean"] < 1e-5  # of those just sampled
     assert [entry["filter/groups_reused"] for entry in entries] == [0, 2]
-    # The last validation asks what came of the last update
-    answers = [member.trajectory for group in checked for member in group.members]
-    assert len(answers) == 3
-    for answer in answers:
-        wanted = sampled(plain.policy, answer)[0].detach()
-        assert torch.allclose(told_by(answer.logp, answer), wanted, atol=2e-3)
     before = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float64).state_dict()
     after = plain.policy.state_dict()
     apart = moved = 0.0
