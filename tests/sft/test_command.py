@@ -277,8 +277,6 @@ def test_padding_and_micro_batches_change_nothing(work: Path, tmp_path: Path) ->
     for name, more in {
         "packed": {},
         "padded": {"use_remove_padding": "false", "data__max_length": 1024},
-        "one": {"data__micro_batch_size_per_gpu": 1},
-        "exact": {"data__fill_micro_batches": "false"},
         "tokens": {"data__micro_batch_size_per_gpu": "null", "data__max_token_len_per_gpu": 700},
         "recompute": {"model__enable_gradient_checkpointing": "true"},
         "offload": {"model__enable_activation_offload": "true"},
