@@ -214,7 +214,7 @@ def test_a_run_is_what_a_plain_program_computes(work, tmp_path, monkeypatch) -> 
         assert all(0 < entry[name] < 1 for name in at_work)
         assert 0 < entry["training/rollout_logp_diff_mean"] < 1e-5  # of those just sampled
     assert [entry["filter/groups_reused"] for entry in entries] == [0, 2]
-    before = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float64).state_dict()
+    before = plain.reference.state_dict()
     after = plain.policy.state_dict()
     apart = moved = 0.0
     for name, value in weights(tmp_path, STEPS).items():
