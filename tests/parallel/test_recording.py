@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from typing import Any, ClassVar
 
@@ -12,10 +13,11 @@ from torch import Tensor
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel import capture
 from retool.parallel.fsdp import Sharded, shard
-from retool.parallel.fsdp.recording import ORDINARY_RUNS, Recordings
+from retool.parallel.fsdp.recording import ORDINARY_RUNS, Recordings, Work
 from retool.parallel.mesh import make_mesh
 from retool.parallel.streams import OnStream
 from tests.parallel.streams import Stream, Streams, watched
+from tests.ranks import run_ranks
 
 
 class Capture:
@@ -136,3 +138,34 @@ def test_a_recording_that_breaks_off_leaves_nothing_behind(
         # And the run goes on
         recordings.run("one", work)
         AdamW(model, AdamWOptions()).step(1e-3)
+
+
+def record_on_the_first_rank(work: Work, model: Sharded) -> Work:
+    if model.mesh.rank:
+        raise RuntimeError("out of memory")
+    return work
+
+
+def recorded_on_one_rank() -> tuple[int, list[str]]:
+    """How many recordings there are, and the warnings."""
+    module = torch.nn.Linear(2, 2)
+    model = shard(module, [("all", [module])], make_mesh())
+    recordings = Recordings(model, record_on_the_first_rank)
+
+    def work() -> Tensor:
+        loss = model(torch.ones(1, 2, dtype=model.param_dtype)).sum()
+        loss.backward()
+        return loss.detach()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(ORDINARY_RUNS + 2):
+            recordings.run("one", work)
+    return len(recordings.made), [str(warning.message) for warning in caught]
+
+
+def test_where_one_rank_cannot_record_none_does() -> None:
+    """NCCL wants a collective recorded on all ranks or on none."""
+    for made, told in run_ranks(recorded_on_one_rank, 2):
+        assert made == 0
+        assert [text.partition(": ")[2] for text in told] == ["rank 1: RuntimeError: out of memory"]

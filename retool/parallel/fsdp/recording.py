@@ -8,7 +8,8 @@ forward or backward waits for the device. Two things have to be kept:
     caller's key says so;
   * an event of a recording means nothing outside it, nor one of outside in it. So the module is at
     rest at both ends: nothing is under way, and no buffer holds a unit.
-A recording's collectives meet recorded ones: all ranks must give the same keys in the same order.
+A recording's collectives meet recorded ones: all ranks must give the same keys in the same order, and
+where one of them can't record, none does.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
+from retool.parallel.agreement import GivenUp, all_or_none
 from retool.parallel.capture import Pool, capture
 from retool.parallel.fsdp.sharded import Sharded
 from retool.parallel.streams import OnStream, current_stream
@@ -68,24 +70,31 @@ class Recordings:
         return result
 
     def _make(self, key: Hashable, work: Work) -> bool:
-        """Record the work, of which nothing is computed yet. Where that can't be done, a warning says so,
-        and from then on all work is done as it is.
+        """Record the work, of which nothing is computed yet. Where that can't be done on some rank, a
+        warning says so, and from then on all work is done as it is, on all of them. Collective.
         """
         units = self.model.units
+        mesh = self.model.mesh
         before = [unit.gradients.holds for unit in units]
         try:
-            replay = self.record(work, self.model)
-        except Exception as error:  # whatever a library raises that can't be recorded
+            replay = all_or_none(mesh.rank, mesh.world_group, lambda: self._record(work))
+        except GivenUp as failed:
             self.fails = True
             # Memory may be what was missing
             self.made.clear()
             forget_unfinished(self.model)
             words = "small micro-batches aren't recorded here, and take the host longer"
-            warnings.warn(f"{words}: {_first(error)}", stacklevel=2)
+            warnings.warn(f"{words}: {failed}", stacklevel=2)
         else:
             self.made[key] = Recording(replay, [unit.gradients.holds for unit in units])
         _set_holds(self.model, before)
         return not self.fails
+
+    def _record(self, work: Work) -> Work:
+        try:
+            return self.record(work, self.model)
+        except Exception as error:  # whatever a library raises that can't be recorded
+            raise _first(error) from None
 
 
 def _first(error: BaseException) -> BaseException:
