@@ -182,13 +182,12 @@ class Cell:
             return False
         return self.out.total + self.err.total > self.call.limits.flood_mb << 20
 
-    def finish(self, code: int, cpu: float) -> Result:
+    def finish(self, code: int, cpu: float, at: float) -> Result:
         """The result, once the kernel has reported the end: `code` is the exit code, or minus the
-        signal; `cpu` are seconds.
+        signal; `cpu` are seconds; `at` is when it was, on the clock that all processes share.
         """
         assert self.call is not None
         call = self.call
-        elapsed = time.monotonic() - self.call.started
         keep = call.limits.output_kb << 10
         # What the program wrote last is still in the pipes.
         for stream in (self.out, self.err):
@@ -201,7 +200,7 @@ class Cell:
             self.out.text(),
             self.err.text(),
             return_code=code if own_end else None,
-            execution_time=elapsed,
+            execution_time=max(0.0, at - call.started),
             reason=reason,
             stdout_bytes=self.out.total,
             stderr_bytes=self.err.total,

@@ -13,6 +13,7 @@ import select
 import signal
 import socket
 import struct
+import time
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -147,7 +148,6 @@ class Children:
             self._return_home()
             raise
         if pid == 0:
-            kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
             signal.set_wakeup_fd(-1)
             # Nothing of the first one's stays open: its supervisor shall notice when it ends
             self._control.detach()
@@ -212,6 +212,7 @@ class Children:
                 "exited": number,
                 "code": os.waitstatus_to_exitcode(status),
                 "cpu": usage.ru_utime + usage.ru_stime,
+                "at": time.monotonic(),
             }
             if init is None:
                 self._tell_end(number)
@@ -241,8 +242,8 @@ class Children:
         for number in list(self._pids):
             self._kill(number)
         if not self._nested:
-            # Twins end as this one does. To kill them, which the kernel does when this one has
-            # gone, would leave what their children have started.
+            # Twins end as this one does, for their supervisor has gone, too: with what their
+            # children have started
             signal.alarm(END_SECONDS)
             for pid in self._twins:
                 os.waitpid(pid, 0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -66,6 +67,12 @@ class ForkServer:
         """Tell it what to do; nothing where it has gone, which `receive` notices."""
         with contextlib.suppress(OSError):
             socket.send_fds(self.control, [json.dumps(message).encode()], descriptors or [])
+
+    def has_news(self) -> bool:
+        """Whether `receive` wouldn't wait."""
+        poll = select.poll()
+        poll.register(self.control, select.POLLIN)
+        return bool(poll.poll(0))
 
     def receive(self) -> tuple[dict[str, Any] | None, int]:
         """Its next message, None where it has died; and the pid of the process that it is about."""

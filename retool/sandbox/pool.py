@@ -190,7 +190,7 @@ class Pool:
     # --- what is heard: of a child, of its program, of the fork server ---
 
     def _listen_to(self, server: ForkServer) -> None:
-        self._events.listen(server.control.fileno(), partial(self._hear_server, server))
+        self._events.listen(server.control.fileno(), partial(self.hear_server, server))
 
     def _hear_cell(self, cell: Cell) -> Ended:
         """A child is confined and says so, once, by handing over its work folder."""
@@ -234,7 +234,7 @@ class Pool:
             cell.kill()
         return []
 
-    def _hear_server(self, server: ForkServer) -> Ended:
+    def hear_server(self, server: ForkServer) -> Ended:
         message, sender = server.receive()
         if message is None:
             return self._server_died(server)
@@ -256,7 +256,8 @@ class Pool:
         one.
         """
         if cell.call is not None:
-            ended = (cell.call, cell.finish(message["code"], message["cpu"]))
+            result = cell.finish(message["code"], message["cpu"], message["at"])
+            ended = (cell.call, result)
             self._retire(cell)
             return [ended]
         # A child that never became a program wrote to stderr why.

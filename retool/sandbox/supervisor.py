@@ -248,10 +248,22 @@ class Supervisor:
         looking = now >= self._next_look
         if looking:
             self._next_look = now + TICK_SECONDS
+        if now >= self._first_end:
+            self._hear_servers()
         if looking or now >= self._first_end:
             self._first_end = math.inf
             for cell in list(self._pool.running.values()):
                 self._watch_cell(cell, now, looking)
+
+    def _hear_servers(self) -> None:
+        """Hear all that the fork servers have said, before a call is judged to take too long.
+
+        Where this process is late, its program may have ended in time.
+        """
+        for server in self._pool.servers.all:
+            # One that has died isn't among them any more
+            while server in self._pool.servers.all and server.has_news():
+                self._answer(self._pool.hear_server(server))
 
     def _watch_cell(self, cell: Cell, now: float, looking: bool) -> None:
         call = cell.call

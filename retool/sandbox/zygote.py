@@ -180,6 +180,9 @@ def _make_children(common: isolate.Confinement, own_pids: int, base: int) -> Cal
     while True:
         if "pid_namespace" not in common.plan.present:
             kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
+            # From now on it notices that its supervisor has gone. Killed, it couldn't end what
+            # programs have started, and no namespace does.
+            kernel.prctl(kernel.PR_SET_PDEATHSIG, 0)
         children = Children(common, socket.socket(fileno=0), own_pids)
         children.tell({"ready": True})
         try:

@@ -322,6 +322,23 @@ def test_a_late_supervisor_counts_as_waiting_and_a_late_caller_does_not(
     assert asyncio.run(late()).queue_seconds < 0.5
 
 
+def test_a_late_supervisor_does_not_make_programs_late(default_sandbox: Sandbox) -> None:
+    """They ended in time, and their time is their own."""
+
+    async def main() -> list[Result]:
+        program = "import time\ntime.sleep(0.3)"
+        calls = [asyncio.create_task(default_sandbox.run(program, timeout=0.8)) for _ in range(3)]
+        await asyncio.sleep(0.15)
+        os.kill(default_sandbox.pid, signal.SIGSTOP)
+        await asyncio.sleep(1.2)
+        os.kill(default_sandbox.pid, signal.SIGCONT)
+        return await asyncio.gather(*calls)
+
+    for result in asyncio.run(main()):
+        assert result.ok, result
+        assert result.execution_time < 0.8 and result.queue_seconds > 0.4
+
+
 def ended(family: list[int]) -> bool:
     """Whether these processes are gone, within a while."""
     end = time.monotonic() + 30

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import os
 import signal
 import sys
@@ -144,7 +145,9 @@ def test_the_first_is_enough_where_the_kernel_is_too_old() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", modes_here(), ids=lambda mode: mode.name)
 def test_in_every_mode(mode: Mode) -> None:
-    """A killed one takes its programs with it, and closing takes all, whatever isolates them."""
+    """A killed one takes its programs with it, and the supervisor's end takes all, be it killed or
+    closed, whatever isolates them.
+    """
     sandbox = mode.start()
     try:
         for victim in reversed(sandbox.server_pids):
@@ -154,15 +157,30 @@ def test_in_every_mode(mode: Mode) -> None:
         # processes that are gone only when somebody ends them
         staying = "import os, time\nos.fork()\nprint('begun', flush=True)\ntime.sleep(60)"
 
-        async def leave() -> None:
+        async def leave(end: Callable[[], None]) -> list[int]:
+            assert sandbox.run_blocking("1").ok
+            assert settled(sandbox)
             calls = [asyncio.create_task(sandbox.run(staying)) for _ in range(2)]
             await asyncio.sleep(0.5)
-            family.extend(descendants(sandbox.pid))
-            await asyncio.to_thread(sandbox.close)
-            await asyncio.gather(*calls)
+            family = descendants(sandbox.pid)
+            await asyncio.to_thread(end)
+            for call in calls:  # they would be run again
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+            return family
 
-        family: list[int] = []
-        asyncio.run(leave())
-        assert len(family) > 6 and waits_for(lambda: not living(family))
+        def kill() -> None:
+            # Stopped, the fork server hears of the end only after what the kernel does about it
+            family = descendants(sandbox.pid)
+            first = next(pid for pid in family if parent(pid) == sandbox.pid)
+            os.kill(first, signal.SIGSTOP)
+            os.kill(sandbox.pid, signal.SIGKILL)
+            time.sleep(0.2)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(first, signal.SIGCONT)
+
+        for end in (kill, sandbox.close):
+            family = asyncio.run(leave(end))
+            assert len(family) > 6 and waits_for(lambda family=family: not living(family))
     finally:
         sandbox.close()
