@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from retool.checkpoint.flat.fill import load_flat
 from retool.checkpoint.format.safetensors import WeightsWriter, plan_files
-from retool.checkpoint.hf.side_files import copy_side_files, stop_at, with_dtype
+from retool.checkpoint.hf.side_files import copy_side_files, stop_at, tied, untie, with_dtype
 from retool.checkpoint.hf.weights import SafetensorsSource
 from retool.model.catalogue.families import read_model_config
 from retool.model.hub import UNWANTED, WANTED
@@ -387,3 +387,28 @@ def test_a_tokenizers_own_code_is_kept(tmp_path: Path, monkeypatch: pytest.Monke
     assert {*filter_repo_objects(files, allow_patterns=WANTED, ignore_patterns=UNWANTED)} == set(
         files
     ), "and is fetched from the hub"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"tie_word_embeddings": True},
+        {},
+        {"tie_word_embeddings": None},
+        {"text_config": {"tie_word_embeddings": True}},
+    ],
+    ids=str,
+)
+def test_a_config_is_untied_however_it_tied(said: dict[str, object], tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "gemma2", "by": "千问", **said}), encoding="utf-8")
+    assert tied(tmp_path)
+    untie(config)
+    assert not tied(tmp_path)
+    found = json.loads(config.read_text(encoding="utf-8"))
+    assert found["by"] == "千问" and found.keys() == {
+        "model_type",
+        "by",
+        "tie_word_embeddings",
+        *said,
+    }

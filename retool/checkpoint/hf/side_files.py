@@ -126,7 +126,8 @@ def _usually_tied(model_type: Any) -> bool:
 
 def untie(config: Path) -> None:
     """Let a config.json say that the head isn't the embedding; every other byte stays."""
-    text, count = re.subn(r'("tie_word_embeddings"\s*:\s*)true', r"\g<1>false", _text(config))
-    if count == 0:
+    text = re.sub(r'("tie_word_embeddings"\s*:\s*)(?:true|null)', r"\g<1>false", _text(config))
+    # It may be there in a part alone, such as the text model's
+    if "tie_word_embeddings" not in json.loads(text):
         text = re.sub(r"^\s*\{", '{\n  "tie_word_embeddings": false,', text, count=1)
     config.write_text(text, encoding="utf-8")
