@@ -347,10 +347,25 @@ def test_models_health_and_metrics(server: Served) -> None:
 def marks_of_a_stream(server: Served, reload: dict[str, Any]) -> list[str]:
     """The weights that a stream's events name, while others are loaded in the middle of it."""
     asked = {"prompt": TEXTS[0], "max_tokens": 200, "ignore_eos": True, "stream": True}
-    with server.client.stream("POST", "/v1/completions", json=asked) as response:
+    commands = server.site.engine._commands
+    asked_for = threading.Event()
+
+    def hold() -> None:
+        assert asked_for.wait(30)
+
+    with (
+        server.client.stream("POST", "/v1/completions", json=asked) as response,
+        ThreadPoolExecutor(1) as other,
+    ):
         lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
         events = [json.loads(next(lines))]
-        assert httpx.post(server.url + "/collective_rpc", json=reload).status_code == 200
+        # The answer waits until the other request's command is there: it can't end before
+        commands.put(hold)
+        wait_until(commands.empty)
+        answer = other.submit(httpx.post, server.url + "/collective_rpc", json=reload)
+        wait_until(lambda: not commands.empty())
+        asked_for.set()
+        assert answer.result().status_code == 200
         events += [json.loads(line) for line in lines if line != "[DONE]"]
     return list(dict.fromkeys(event["system_fingerprint"] for event in events))
 
