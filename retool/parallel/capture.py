@@ -10,7 +10,7 @@ allocators keep a pointer to the graph. In some releases of torch the generators
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,9 +54,11 @@ def _give_up(graph: torch.cuda.CUDAGraph, pool: Pool) -> None:
     BROKEN.append(graph)
     # A recording that ends well takes the generators out of that state, too
     another = torch.cuda.CUDAGraph()
-    with (
-        suppress(RuntimeError),
-        OnStream(current_stream()),
-        torch.cuda.graph(another, capture_error_mode="thread_local"),
-    ):
-        torch.zeros(1, device=torch.device("cuda", device))
+    try:
+        with (
+            OnStream(current_stream()),
+            torch.cuda.graph(another, capture_error_mode="thread_local"),
+        ):
+            torch.zeros(1, device=torch.device("cuda", device))
+    except RuntimeError:  # such as a device that does nothing any more
+        BROKEN.append(another)

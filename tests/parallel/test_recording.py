@@ -140,6 +140,22 @@ def test_a_recording_that_breaks_off_leaves_nothing_behind(
         AdamW(model, AdamWOptions()).step(1e-3)
 
 
+def test_graphs_of_a_device_that_is_gone_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's allocators point to them, and ask them whenever memory is free again."""
+
+    class Gone(Capture):
+        def __enter__(self) -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    with watched():
+        one_process(monkeypatch)
+        monkeypatch.setattr(torch.cuda, "graph", Gone)
+        graph = torch.cuda.CUDAGraph()
+        with pytest.raises(RuntimeError, match="illegal"), capture.capture(graph, (0, 7)):
+            pass
+        assert len(capture.BROKEN) == 2 and capture.BROKEN[0] is graph
+
+
 def record_on_the_first_rank(work: Work, model: Sharded) -> Work:
     if model.mesh.rank:
         raise RuntimeError("out of memory")
