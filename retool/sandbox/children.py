@@ -88,7 +88,10 @@ class Children:
                 self._obey()
 
     def _obey(self) -> None:
-        data, descriptors, _ = wire.receive_with_credentials(self._control)
+        try:
+            data, descriptors, _ = wire.receive_with_credentials(self._control)
+        except ConnectionResetError:  # the supervisor has gone before it heard all
+            self._end()
         if not data:
             self._end()
         request = json.loads(data)

@@ -170,15 +170,23 @@ def test_in_every_mode(mode: Mode) -> None:
             return family
 
         def kill() -> None:
-            # Stopped, the fork server hears of the end only after what the kernel does about it
+            # A stopped supervisor doesn't hear which waiting children have ended
+            os.kill(sandbox.pid, signal.SIGSTOP)
             family = descendants(sandbox.pid)
-            first = next(pid for pid in family if parent(pid) == sandbox.pid)
+            parents = {pid: parent(pid) for pid in family}
+            for pid in set(family) - set(parents.values()):
+                if parents[pid] in sandbox.server_pids:
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.2)
+            # A stopped fork server hears of its end only after what the kernel does about it
+            first = next(pid for pid in family if parents[pid] == sandbox.pid)
             os.kill(first, signal.SIGSTOP)
             os.kill(sandbox.pid, signal.SIGKILL)
             time.sleep(0.2)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(first, signal.SIGCONT)
 
+        os.kill(sandbox.pid, signal.SIGKILL)  # so that the fork servers are as `sandbox` tells
         for end in (kill, sandbox.close):
             family = asyncio.run(leave(end))
             assert len(family) > 6 and waits_for(lambda family=family: not living(family))
