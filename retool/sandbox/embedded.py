@@ -55,8 +55,8 @@ class Sandbox:
     own status. `restarts` counts the supervisors that had to be replaced.
 
     `share` names a sandbox that all processes of this user on this machine use together, if they
-    ask for the same limits, workers and isolation: the first of them owns it, and when that one
-    ends another takes over, without a call being lost.
+    ask for the same limits, workers, servers and isolation: the first of them owns it, and when
+    that one ends another takes over, without a call being lost.
     """
 
     def __init__(

@@ -124,10 +124,12 @@ class ForkServers:
             ours.close()
             raise OSError(f"the fork server ended with code {code} before it was ready")
         self.first = first
-        for _ in range(1, self._count):
-            twin = self.add_twin()
-            if not twin.wait_until_warm():  # the first does its work, too
-                self.bury_twin(twin)
+        # The first does the work of those that can't be had, too
+        with contextlib.suppress(OSError):
+            for _ in range(1, self._count):
+                twin = self.add_twin()
+                if not twin.wait_until_warm():
+                    self.bury_twin(twin)
 
     def add_twin(self) -> ForkServer:
         """Ask for one more; it says when it is warm."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import errno
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from retool.sandbox import Limits, Result, Sandbox, embedded, forkserver
+from retool.sandbox.layers import Plan
 from tests.sandbox.modes import REFUSE, Mode, modes_here
 from tests.sandbox.world import descendants, process_state, settled
 
@@ -140,6 +143,23 @@ def test_the_first_is_enough_where_the_kernel_is_too_old() -> None:
         for _ in range(4):
             assert sandbox.run_blocking("1 + 1").stdout == "2\n"
         assert settled(sandbox)
+
+
+def test_the_first_works_alone_where_no_other_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    servers = forkserver.ForkServers(Plan(frozenset()), "/nowhere", 1, count=4)
+    pairs = iter([socket.socketpair()])
+
+    def pair() -> tuple[socket.socket, socket.socket]:
+        for found in pairs:
+            return found
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(forkserver, "_socket_pair", pair)
+    monkeypatch.setattr(forkserver.spawn, "start", lambda *_, **__: None)
+    monkeypatch.setattr(forkserver.ForkServer, "wait_until_warm", lambda _: True)
+    servers.start()
+    assert servers.first is not None and servers.all == [servers.first]
+    servers.first.control.close()
 
 
 @pytest.mark.slow
