@@ -94,6 +94,12 @@ def _stat(pid: int) -> list[bytes]:
         return []
 
 
+def has_ended(pid: int) -> bool:
+    """Whether a process, with all its threads, only waits to be reaped."""
+    fields = _stat(pid)
+    return bool(fields) and fields[0] == b"Z" and fields[17] == b"1"
+
+
 def process_group(pid: int) -> int:
     """The process group of a process or thread; 0 where it's gone."""
     fields = _stat(pid)

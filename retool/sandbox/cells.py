@@ -174,7 +174,9 @@ class Cell:
         assert self.call is not None
         limit = self.call.limits.wall_seconds
         waited = max(accounting.waited(pid) for pid in self._processes()) - self.waited_before
-        postponement = min(max(0.0, waited), MAX_POSTPONEMENT * limit)
+        most = MAX_POSTPONEMENT * limit
+        # One that has ended waits for its fork server to say so
+        postponement = most if accounting.has_ended(self.pid) else min(max(0.0, waited), most)
         self.call.deadline = self.call.started + limit + postponement
 
     def flooded(self) -> bool:

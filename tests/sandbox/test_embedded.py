@@ -232,11 +232,14 @@ def test_cancelling_ends_the_program(default_sandbox: Sandbox) -> None:
 SLEEPS = "import time\nprint('begun', flush=True)\ntime.sleep({seconds})"
 
 
-def in_background(sandbox: Sandbox, program: str) -> concurrent.futures.Future[Result]:
+def in_background(
+    sandbox: Sandbox, program: str, timeout: float | None = None
+) -> concurrent.futures.Future[Result]:
     """The result to come of a call made on another thread."""
     future: concurrent.futures.Future[Result] = concurrent.futures.Future()
     threading.Thread(
-        target=lambda: future.set_result(sandbox.run_blocking(program)), daemon=True
+        target=lambda: future.set_result(sandbox.run_blocking(program, timeout=timeout)),
+        daemon=True,
     ).start()
     return future
 
@@ -337,6 +340,17 @@ def test_a_late_supervisor_does_not_make_programs_late(default_sandbox: Sandbox)
     for result in asyncio.run(main()):
         assert result.ok, result
         assert result.execution_time < 0.8 and result.queue_seconds > 0.4
+
+
+def test_a_late_fork_server_does_not_make_programs_late(default_sandbox: Sandbox) -> None:
+    assert default_sandbox.run_blocking("1").ok
+    os.kill(default_sandbox.server_pids[0], signal.SIGSTOP)
+    try:
+        future = in_background(default_sandbox, "1", timeout=0.5)
+        time.sleep(0.9)
+    finally:
+        os.kill(default_sandbox.server_pids[0], signal.SIGCONT)
+    assert future.result(timeout=30).ok
 
 
 def ended(family: list[int]) -> bool:
