@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,8 @@ def test_every_class_name_and_a_server(class_name: str, tmp_path: Path) -> None:
         (result,) = call_and_close(tool, {"code": "print(1)"})
         server.shutdown()
         thread.join()
-    assert result == ToolResult("from afar", "success", 0.1)
+    # On a busy machine the answer may take longer than the program says that it ran
+    assert replace(result, queue_seconds=0.0) == ToolResult("from afar", "success", 0.1)
     assert (
         asked[0]["code"] == "print(1)"
         and asked[0]["run_timeout"] == 20
