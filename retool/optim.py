@@ -318,8 +318,8 @@ def learning_rate(
     """Learning rate of step `step` (from 0) of `total`.
 
     In the first `warmup_ratio` of them peak·(s+1)/warmup, then the schedule down to
-    `peak·min_ratio`: cosine is half a period; wsd is constant, then linear over the last tenth (Hu
-    et al., arXiv 2404.06395); constant stays at the peak.
+    `peak·min_ratio`: cosine is half a period; wsd is constant, then linear over the last tenth, two
+    steps at least (Hu et al., arXiv 2404.06395); constant stays at the peak.
     """
     warmup = int(total * warmup_ratio)
     if step < warmup:
@@ -331,7 +331,8 @@ def learning_rate(
     if kind == "cosine":
         shape = 0.5 * (1 + math.cos(math.pi * progress))
     elif kind == "wsd":
-        decay = max(int(total * 0.1), 1)
+        # Two steps at least, as the first of them is at the peak; at most what the warm-up leaves
+        decay = min(max(int(total * 0.1), 2), length)
         shape = min(1.0, max(total - step, 0) / decay)
     elif kind == "constant":
         return peak

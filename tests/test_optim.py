@@ -49,7 +49,18 @@ def test_wsd_is_constant_until_the_last_tenth() -> None:
         and found[20:91] == [2.0] * 71
     )
     assert found[91:] == pytest.approx([2.0 * k / 10 for k in range(9, 0, -1)])
-    assert rates(3, kind="wsd", warmup_ratio=0) == [2.0] * 3
+
+
+@pytest.mark.parametrize("total", [2, 3, 9, 10, 19, 20])
+def test_wsd_of_few_steps_ends_below_its_peak(total: int) -> None:
+    """A tenth of fewer than 20 steps is one at most, and a stretch of one begins at the peak."""
+    assert rates(total, kind="wsd", warmup_ratio=0) == [2.0] * (total - 1) + [1.0]
+
+
+def test_wsd_begins_at_its_peak_however_long_the_warm_up() -> None:
+    found = rates(100, kind="wsd", warmup_ratio=0.95)
+    assert found[94:] == pytest.approx([2.0, 2.0, 1.6, 1.2, 0.8, 0.4])
+    assert rates(1, kind="wsd") == [2.0], "a single step is trained at the peak, as cosine's is"
 
 
 def test_constant_and_unknown() -> None:
