@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from . import isolate, kernel, wire
+from . import isolate, kernel, shortage, wire
 
 END_SECONDS = 3  # that twins have to end in
 
@@ -111,7 +111,7 @@ class Children:
         except OSError as error:
             # A twin that isn't made is missed when its socket ends
             if "start" in request:
-                self.tell({"failed": request["start"], "why": str(error)})
+                self.tell({"failed": request["start"], "why": shortage.told(error)})
         for fd in descriptors:
             os.close(fd)
 

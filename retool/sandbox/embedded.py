@@ -23,6 +23,7 @@ from .keeper import Keeper, backoff
 from .kept import SNAPSHOT
 from .layers import Plan
 from .result import Limits, Result, safe_name
+from .shortage import OPEN_FILES
 
 _FENCE = re.compile(
     r"\A\s*```(?:python|py|python3)?[ \t]*\n(.*?)\n?```\s*\Z", re.DOTALL | re.IGNORECASE
@@ -91,6 +92,13 @@ class Sandbox:
             lost = ", ".join(self.unmet)
             print(
                 f"SANDBOX WARNING: running WITHOUT: {lost}. Generated programs can do harm here.",
+                file=sys.stderr,
+                flush=True,
+            )
+        if self.owner and self.plan.slots < self.workers:
+            print(
+                f"SANDBOX WARNING: {self.plan.slots} of {self.workers} programs can run at once: no "
+                f"more files may be open here. To run all, {OPEN_FILES}.",
                 file=sys.stderr,
                 flush=True,
             )

@@ -8,6 +8,7 @@ every step that came before it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from dataclasses import dataclass
 
@@ -151,7 +152,7 @@ def _keep_descriptors(place: Place, folder: int) -> int:
     closed.
     """
     wanted = (os.open("/dev/null", os.O_RDONLY), place.stdout, place.stderr, place.control, folder)
-    high = [os.dup2(fd, 200 + index) for index, fd in enumerate(wanted)]
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD, len(wanted)) for fd in wanted]
     for index, fd in enumerate(high):
         os.dup2(fd, index)
     kernel.close_from(len(high))

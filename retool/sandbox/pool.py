@@ -8,10 +8,11 @@ import os
 import signal
 import tempfile
 import time
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from . import accounting, cgroups, listener, wire
+from . import accounting, cgroups, listener, shortage, wire
 from .cells import Call, Cell, Stream, open_cell
 from .events import Events
 from .forkserver import ForkServer, ForkServers
@@ -22,10 +23,45 @@ from .rootfs import Brooms
 # Of running, before what a program writes is read: most have ended by then, and all that they wrote
 # is in the pipes. A program that writes more than the pipes hold waits as long, once.
 LISTEN_SECONDS = 0.02
-MOST_FAILURES = 5  # in a row, after which no more children are asked for
+MOST_FAILURES = 5  # in a row, after which no more children are asked for where none is there
+# After the first failure in a row; after each further one twice as long, up to the last
+RETRY_SECONDS = 0.05
+MAX_RETRY_SECONDS = 1.0
 GONE_SECONDS = 2.0  # that killed processes have to be gone in
 
 Ended = list[tuple[Call, Result]]
+
+
+@dataclass
+class Attempts:
+    """To make children, or a server: how many have failed in a row, what is said about the last of
+    them, and when the next may be made.
+    """
+
+    failures: int = 0
+    complaint: str = ""
+    next_at: float = 0.0
+
+    @property
+    def enough(self) -> bool:
+        return self.failures >= MOST_FAILURES
+
+    def fail(self, why: str) -> None:
+        """What was asked for at once and fails at once is one failure."""
+        now = time.monotonic()
+        self.complaint = why
+        if now >= self.next_at:
+            wait = min(MAX_RETRY_SECONDS, RETRY_SECONDS * 2**self.failures)
+            self.next_at = now + wait
+            self.failures += 1
+
+    def fail_for_good(self, why: str) -> None:
+        self.failures = MOST_FAILURES
+        self.complaint = why
+
+    def once_more(self) -> None:
+        self.failures = MOST_FAILURES - 1
+        self.next_at = 0.0
 
 
 class Pool:
@@ -54,8 +90,7 @@ class Pool:
         self.cells: dict[int, Cell] = {}
         self.running: dict[int, Cell] = {}
         self.brooms = Brooms()
-        self.failures = 0  # in a row, to make a child or a server
-        self.complaint = ""  # about the last of them
+        self.attempts = Attempts()
         self._limits = limits
         self._workers = workers
         self._events = events
@@ -77,10 +112,15 @@ class Pool:
         for server in self.servers.all:
             self._listen_to(server)
 
+    @property
+    def given_up(self) -> bool:
+        """Whether no child is there and none can be made."""
+        return self.attempts.enough and not self.cells
+
     def revive(self) -> None:
         """One more attempt after giving up, worth it for a new call."""
-        if self.failures >= MOST_FAILURES:
-            self.failures = MOST_FAILURES - 1
+        if self.given_up:
+            self.attempts.once_more()
             if self.servers.first is None:
                 self._restart()
 
@@ -88,8 +128,7 @@ class Pool:
         try:
             self.start_servers()
         except OSError as error:
-            self.failures = MOST_FAILURES
-            self.complaint = str(error)
+            self.attempts.fail_for_good(shortage.told(error))
 
     def stop(self) -> None:
         """End every process and remove every file."""
@@ -103,12 +142,15 @@ class Pool:
 
     # --- cells, from the first to the last ---
 
-    def refill(self) -> None:
-        """Ask for children until enough of them wait."""
-        if self.servers.first is None or self.failures >= MOST_FAILURES:
-            return
+    def refill(self) -> float | None:
+        """Ask for children until enough of them wait; when to do it again, where some failed."""
+        if self.servers.first is None or self.given_up:
+            return None
         while self._free_slots and len(self._idle) + self._starting < self._workers:
+            if time.monotonic() < self.attempts.next_at:
+                return self.attempts.next_at
             self._request()
+        return None
 
     def _request(self) -> None:
         """Ask for one child; `_hear_cell` hears when it is confined."""
@@ -197,9 +239,7 @@ class Pool:
         try:
             data, descriptors, pid = wire.receive_with_credentials(cell.control)
         except OSError:
-            data = b""
-            descriptors = []
-            pid = 0
+            return []
         if not data:
             return []
         cell.folder = descriptors[0]
@@ -209,7 +249,7 @@ class Pool:
             self._events.listen(cell.listener, partial(self._hear_question, cell))
         self._starting -= 1
         cell.server.starting -= 1
-        self.failures = 0
+        self.attempts.failures = 0
         self._idle.append(cell)
         return []
 
@@ -247,7 +287,8 @@ class Pool:
             return []
         if "failed" in message:
             why = f"the fork server could not start a process ({message['why']})"
-            self._child_failed(self.cells[message["failed"]], why)
+            self.attempts.fail(why)
+            self._retire(self.cells[message["failed"]])
             return []
         return self._child_ended(self.cells[message["exited"]], message)
 
@@ -259,18 +300,15 @@ class Pool:
             result = cell.finish(message["code"], message["cpu"], message["at"])
             ended = (cell.call, result)
             self._retire(cell)
+            self.attempts.next_at = 0.0  # where something ran short, there is more of it now
             return [ended]
         # A child that never became a program wrote to stderr why.
         while cell.err.open and cell.err.read(1 << 12):
             continue
         reason = cell.err.text() or f"code {message['code']}"
-        self._child_failed(cell, f"a process could not be confined ({reason})")
-        return []
-
-    def _child_failed(self, cell: Cell, why: str) -> None:
-        self.failures += 1
-        self.complaint = f"{why}, {self.failures} times in a row"
+        self.attempts.fail(f"a process could not be confined ({reason})")
         self._retire(cell)
+        return []
 
     def _server_died(self, server: ForkServer) -> Ended:
         """Every program of it went with it, or goes now; start another.
@@ -281,28 +319,28 @@ class Pool:
         lost = self.servers.all if first else [server]
         for each in lost:
             self._events.forget(each.control.fileno())
+        why = "a fork server died"
         if first:
-            self.failures += 1
-            self.complaint = f"the fork server died (code {self.servers.bury()})"
+            why = f"the fork server died (code {self.servers.bury()})"
+            self.attempts.fail(why)
         else:
-            self.complaint = "a fork server died"
             self.servers.bury_twin(server)
-        ended = self._abandon(lost)
-        if first and self.failures < MOST_FAILURES:
+        ended = self._abandon(lost, why)
+        if first and not self.attempts.enough:
             self._restart()
         elif not first and server.pid:  # one that never got warm wouldn't now
-            twin = self.servers.add_twin()
-            self._listen_to(twin)
+            with contextlib.suppress(OSError):  # without it the others do its work
+                self._listen_to(self.servers.add_twin())
         return ended
 
-    def _abandon(self, servers: list[ForkServer]) -> Ended:
+    def _abandon(self, servers: list[ForkServer], why: str) -> Ended:
         """Forget the cells of fork servers that have died, once their processes are gone."""
         cells = [cell for cell in self.cells.values() if cell.server in servers]
         end_processes(servers, cells)
         ended = []
         for cell in cells:
             if cell.call is not None:
-                ended.append((cell.call, Result("sandbox_error", reason=self.complaint)))
+                ended.append((cell.call, Result("sandbox_error", reason=why)))
             self._retire(cell)
         return ended
 

@@ -26,12 +26,14 @@ from . import layers, probe, sharing, wire
 from .cells import Call, Cell
 from .events import Events
 from .forkserver import servers_for
-from .pool import MOST_FAILURES, Ended, Pool
+from .pool import Ended, Pool
 from .result import Limits, Result
 
-# A child's socket, pipes, folder and listener, and its slot's memory account; and all others
+# A child's socket, pipes, folder and listener, and its slot's memory account; and all others, of
+# which a few are enough where there must be few
 DESCRIPTORS_PER_SLOT = 8
 DESCRIPTORS = 256
+FEWEST_DESCRIPTORS = 64
 TICK_SECONDS = 0.05  # between two looks at what a call uses
 NAMESPACES = frozenset(name for name in layers.LAYERS if name.endswith("_namespace"))
 
@@ -47,7 +49,6 @@ def main() -> NoReturn:
     # What a call leaves behind refers to nothing that refers to it: to look for that takes time
     gc.freeze()
     gc.set_threshold(100_000)
-    allow_descriptors(setup["workers"])
     events: Events[Ended] = Events()
     limits = Limits(**setup["limits"])
     pool = open_pool(
@@ -68,19 +69,17 @@ def main() -> NoReturn:
 
 def slots_for(workers: int) -> int:
     """As many wait confined as run, so that a call never waits for a fork; two more are on their
-    way.
+    way. Fewer where not so many files may be open, of which this asks for as many as that takes.
     """
-    return 2 * workers + 2
-
-
-def allow_descriptors(workers: int) -> None:
-    """Ask for as many open files as that takes, where the usual number isn't enough."""
-    wanted = DESCRIPTORS + DESCRIPTORS_PER_SLOT * slots_for(workers)
+    slots = 2 * workers + 2
+    wanted = DESCRIPTORS + DESCRIPTORS_PER_SLOT * slots
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    most = (max(soft, wanted) - FEWEST_DESCRIPTORS) // DESCRIPTORS_PER_SLOT
+    return max(1, min(slots, most))
 
 
 def open_pool(
@@ -199,6 +198,7 @@ class Supervisor:
         self._next_look = 0.0
         self._first_end = math.inf  # when the time of the first call that runs is up
         self._next_listening: float | None = None
+        self._next_refill: float | None = None
         self._owner = self._greet(owner)
         if listener is not None:
             listener.setblocking(False)
@@ -228,7 +228,7 @@ class Supervisor:
         """Until the owner hangs up."""
         # Refill first: children get ready while the loop waits below.
         while self._owner.alive:
-            self._pool.refill()
+            self._next_refill = self._pool.refill()
             for listener in self._events.wait(self._patience()):
                 self._answer(listener())
             self._watch()
@@ -236,10 +236,14 @@ class Supervisor:
 
     def _patience(self) -> float | None:
         """Seconds until something has to be looked at; None: nothing runs."""
-        if not self._pool.running:
-            return TICK_SECONDS if self._pool.brooms.busy() else None
-        times = (self._first_end, self._next_look, self._next_listening or math.inf)
-        return max(0.0, min(times) - time.monotonic())
+        now = time.monotonic()
+        times = [self._next_refill or math.inf]
+        if self._pool.running:
+            times += [self._first_end, self._next_look, self._next_listening or math.inf]
+        elif self._pool.brooms.busy():
+            times.append(now + TICK_SECONDS)
+        first = min(times)
+        return None if first == math.inf else max(0.0, first - now)
 
     def _watch(self) -> None:
         """Clocks and accounts."""
@@ -284,8 +288,8 @@ class Supervisor:
         while self._queue and self._pool.begin(self._queue[0]):
             call = self._queue.popleft()
             self._first_end = min(self._first_end, call.deadline)
-        if self._pool.failures >= MOST_FAILURES:
-            refusal = Result("sandbox_error", reason=self._pool.complaint)
+        if self._pool.given_up:
+            refusal = Result("sandbox_error", reason=self._pool.attempts.complaint)
             waiting = [(call, refusal) for call in self._queue]
             self._queue.clear()
             self._answer(waiting)

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from . import isolate, kernel, landlock, layers, program, rootfs, uids, wire
+from . import isolate, kernel, landlock, layers, program, rootfs, shortage, uids, wire
 from .children import Child, Children, Twin
 
 MODULES = (
@@ -236,7 +236,7 @@ def _become_program(
             return functools.partial(program.run, job, base)
     except BaseException as error:  # before the program started: whatever it is, this isn't a cell
         stderr = place.stderr if _is_open(place.stderr) else 2
-        os.write(stderr, f"{type(error).__name__}: {error}".encode())
+        os.write(stderr, shortage.told(error).encode())
         os._exit(NOT_ISOLATED)
     os._exit(0)
 

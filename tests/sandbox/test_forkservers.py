@@ -18,10 +18,11 @@ import pytest
 
 from retool.sandbox import Limits, Result, Sandbox, embedded, forkserver
 from retool.sandbox.layers import Plan
-from tests.sandbox.modes import REFUSE, Mode, modes_here
-from tests.sandbox.world import descendants, process_state, settled
+from tests.sandbox.modes import REFUSE, USER, Mode, modes_here, unprivileged_python
+from tests.sandbox.world import descendants, process_state, settled, sleeper
 
 SERVERS = 3
+SLEEP = "import time\ntime.sleep(0.2)"
 # As many open files as a machine may allow for a start: fewer than all the cells' pipes
 FEW_DESCRIPTORS = ["sh", "-c", 'ulimit -Sn 40; exec "$0" "$@"']
 
@@ -212,3 +213,48 @@ def test_in_every_mode(mode: Mode) -> None:
             assert len(family) > 6 and waits_for(lambda family=family: not living(family))
     finally:
         sandbox.close()
+
+
+def test_few_open_files_are_told_of_once_and_no_call_is_lost(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    launcher = ["sh", "-c", 'ulimit -n 90; exec "$0" "$@"']
+    with Sandbox(Limits(), workers=6, launcher=launcher) as sandbox:
+
+        async def main() -> list[Result]:
+            return await asyncio.gather(*(sandbox.run(SLEEP) for _ in range(9)))
+
+        assert all(result.ok for result in asyncio.run(main()))
+        os.kill(sandbox.pid, signal.SIGKILL)
+        assert sandbox.run_blocking("1").ok
+        assert sandbox.restarts == 1
+    said = capfd.readouterr().err
+    assert said.count("3 of 6 programs can run at once") == 1 and "ulimit -n" in said
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not unprivileged_python(), reason="needs an own user")
+def test_where_no_process_may_be_made_calls_wait_for_others_to_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """None is lost while any child is there; with none, what failed and the way out are told."""
+    monkeypatch.setattr(embedded, "RETRIES", 0)
+    mode = next(mode for mode in modes_here() if mode.user and not mode.refused)
+    few = ["bash", "-c", 'ulimit -u 9; exec "$0" "$@"']
+    launcher = [*mode.launcher, *few]
+    with Sandbox(Limits(), 4, python=mode.python, launcher=launcher) as sandbox:
+
+        async def main() -> list[Result]:
+            return await asyncio.gather(*(sandbox.run(SLEEP) for _ in range(8)))
+
+        assert all(result.ok for result in asyncio.run(main()))
+        others = [sleeper(USER) for _ in range(9)]
+        try:
+            refused = [sandbox.run_blocking("1") for _ in range(5)][-1]
+        finally:
+            for other in others:
+                other.kill()
+                other.wait()
+        assert refused.status == "sandbox_error"
+        assert "Resource temporarily unavailable" in refused.reason
+        assert "ulimit -u" in refused.reason and "--pids-limit" in refused.reason
+        assert sandbox.run_blocking("1").ok and sandbox.restarts == 0
