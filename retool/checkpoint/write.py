@@ -25,6 +25,7 @@ import torch.distributed as dist
 from retool.checkpoint.flat.state import ModelState
 from retool.checkpoint.format.checksums import checksums_of, write_archive
 from retool.checkpoint.format.folder import DATA, shard_name, write_config
+from retool.checkpoint.format.tracker import candidates
 from retool.checkpoint.format.state_dicts import Place, frozen, model_content, optimizer_content
 from retool.checkpoint.hf.export import export_weights
 from retool.checkpoint.hf.side_files import copy_side_files, stop_at
@@ -139,12 +140,17 @@ def _run(snapshot: _Snapshot, staging: Staging, pending: PendingSave) -> None:
 
 def _end(pending: PendingSave, mesh: Mesh, error: str | None, bytes_written: int = 0) -> None:
     if error is not None and mesh.rank == 0:
-        log.error(
-            "%s was not saved: %s. The previous checkpoint stays; training goes on.",
-            pending.folder,
-            error,
-        )
+        log.error("%s was not saved: %s. %s", pending.folder, error, _what_stays(pending.folder))
     pending.finish(error, bytes_written)
+
+
+def _what_stays(failed: Path) -> str:
+    """Which checkpoint a resume takes now."""
+    try:
+        older = [folder for folder in candidates(failed.parent, say=False) if folder != failed]
+    except OSError:
+        return "The run's folder can't be read, either."
+    return f"{older[0].name} stays the newest." if older else "There is no checkpoint before it."
 
 
 def _write(snapshot: _Snapshot, staging: Staging) -> None:

@@ -50,8 +50,9 @@ def finish(session: Session[RunReport], progress: Progress) -> None:
         say_saved(session, progress, wait=True)
         if progress.step and progress.saved_step != progress.step:
             raise ValueError(
-                f"step {progress.step} was trained, but its checkpoint could not be saved (see above): "
-                f"{session.folder} has older ones."
+                f"step {progress.step} was trained, but its checkpoint could not be saved (see above). "
+                "Mend that and run the same command again: it goes on from the newest checkpoint in "
+                f"{session.folder}, and begins anew where there is none."
             )
         if not session.caller.quiet:
             say(session.mesh, last_words(session, progress.step))

@@ -442,7 +442,7 @@ def test_weights_that_became_infinite_are_not_saved(
     assert not list(out.glob("global_step_*"))
 
 
-@pytest.mark.parametrize("fails", [2, 3])
+@pytest.mark.parametrize("fails", [1, 2, 3])
 def test_a_save_that_fails_ends_the_run_with_1_only_if_it_is_the_last(
     work: Path,
     tmp_path: Path,
@@ -464,6 +464,8 @@ def test_a_save_that_fails_ends_the_run_with_1_only_if_it_is_the_last(
     status = main(words(work, out, trainer__save_freq=1, **few))
     (told,) = caplog.messages
     assert f"global_step_{fails} was not saved: rank 0: OSError: [Errno 28] No space left" in told
+    before = f"global_step_{fails - 1} stays the newest." if fails > 1 else "no checkpoint before it."
+    assert told.endswith(before)
     last = "step 3 was trained, but its checkpoint could not be saved" in capfd.readouterr().err
     assert (status, last) == (int(fails == 3), fails == 3)
     saved = sorted(folder.name for folder in out.glob("global_step_*"))
