@@ -25,8 +25,8 @@ import torch.distributed as dist
 from retool.checkpoint.flat.state import ModelState
 from retool.checkpoint.format.checksums import checksums_of, write_archive
 from retool.checkpoint.format.folder import DATA, shard_name, write_config
-from retool.checkpoint.format.tracker import candidates
 from retool.checkpoint.format.state_dicts import Place, frozen, model_content, optimizer_content
+from retool.checkpoint.format.tracker import candidates
 from retool.checkpoint.hf.export import export_weights
 from retool.checkpoint.hf.side_files import copy_side_files, stop_at
 from retool.checkpoint.publish import claim, clear_torn, prune, publish, remove, track

@@ -333,7 +333,9 @@ def _write(
     if refusals.count:
         raise refusals.error(report.rows)
     if not lengths:
-        raise ValueError(f"no sample is left of {files}: {report.sentence()}.")
+        raise ValueError(
+            f"no sample is left of {', '.join(files)}: {report.sentence()}. {report.ways_out()}"
+        )
     np.save(work / "lengths.npy", np.asarray(lengths, np.int32))
     np.save(work / "trained.npy", np.asarray(trained, np.int32))
     np.save(work / "rows.npy", np.asarray(rows, np.int32).reshape(-1, 2))

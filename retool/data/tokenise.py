@@ -153,6 +153,19 @@ class DatasetReport:
             f"trained, longest {self.longest:,}{'; ' if lost else ''}{', '.join(lost)}"
         )
 
+    def ways_out(self) -> str:
+        """What to change where no sample is left."""
+        if not self.rows:
+            return "Read some: data.train_max_samples and data.val_max_samples are -1 for all rows."
+        ways: list[str] = []
+        if self.dropped_long:
+            ways.append("Raise data.max_length, or cut them (data.truncation=left or right).")
+        if self.switched_off:
+            ways.append("Have a turn of each row trained: loss_mask or weight 1, or neither.")
+        elif self.dropped_untrained:
+            ways.append("Raise data.max_length: what is trained was cut off.")
+        return " ".join(ways)
+
 
 @dataclass
 class Tokenised:

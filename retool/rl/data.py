@@ -151,6 +151,11 @@ def load_prompts(
         columns[question.columns] += 1
     if faults.count:
         raise faults.error(total)
+    if not total:
+        raise ValueError(
+            f"no row of {', '.join(files)} was read: data.train_max_samples and "
+            "data.val_max_samples are -1 for all rows."
+        )
     if not prompts:
         raise ValueError(
             f"none of the {total} prompts fits data.max_prompt_length={options.max_length} "

@@ -345,8 +345,23 @@ class TestCache:
             match=rf"1 of 2 rows can't be used:\n.*rows\.jsonl, row 0: it has {long} tokens.*data\.truncation=drop",
         ):
             self.open(tmp_path, renderer, rows, LengthLimit(long - 1))
-        with pytest.raises(ValueError, match="no sample is left"):
-            self.open(tmp_path, renderer, rows, LengthLimit(2, "right"))
+
+    @pytest.mark.parametrize(
+        ("weight", "limit", "max_rows", "way_out"),
+        [
+            (1, LengthLimit(2, "right"), -1, r"Raise data\.max_length: what is trained was cut"),
+            (1, LengthLimit(2, "drop"), -1, r"Raise data\.max_length, or cut them"),
+            (0, LengthLimit(), -1, r"Have a turn of each row trained: loss_mask or weight 1"),
+            (1, LengthLimit(), 0, r"data\.train_max_samples and data\.val_max_samples are -1"),
+        ],
+    )
+    def test_where_no_sample_is_left_the_way_out_is_said(
+        self, tmp_path, renderer_of, weight, limit, max_rows, way_out
+    ):
+        rows = [answer("one two three four", loss_mask=weight)] * 2
+        source = RowSource(jsonl(tmp_path / "rows.jsonl", rows), max_rows=max_rows)
+        with pytest.raises(ValueError, match=rf"no sample is left of /.*rows\.jsonl: .* {way_out}"):
+            open_dataset(source, renderer_of("chatml"), limit, cache_dir=tmp_path / "cache")
 
     def test_every_refused_row_is_named_at_once(self, tmp_path, renderer_of):
         rows = [

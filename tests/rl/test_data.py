@@ -110,6 +110,8 @@ def test_overlong_prompts_are_counted_with_the_tools_rendered(tmp_path, renderer
         load_prompts(
             [file], renderer, [SCHEMA], PromptOptions(answer_format=ANSWER_FORMAT, max_length=bare)
         )
+    with pytest.raises(ValueError, match=r"no row of .* was read: data\.train_max_samples"):
+        load_prompts([file], renderer, None, PromptOptions(max_samples=0))
 
 
 @pytest.mark.parametrize("truth", [["4", "four"], {"target": ["4"], "cases": [{"in": "#### 1,2"}]}])

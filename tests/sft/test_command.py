@@ -464,8 +464,8 @@ def test_a_save_that_fails_ends_the_run_with_1_only_if_it_is_the_last(
     status = main(words(work, out, trainer__save_freq=1, **few))
     (told,) = caplog.messages
     assert f"global_step_{fails} was not saved: rank 0: OSError: [Errno 28] No space left" in told
-    before = f"global_step_{fails - 1} stays the newest." if fails > 1 else "no checkpoint before it."
-    assert told.endswith(before)
+    before = f"global_step_{fails - 1} stays the newest" if fails > 1 else "no checkpoint before it"
+    assert told.endswith(f"{before}.")
     last = "step 3 was trained, but its checkpoint could not be saved" in capfd.readouterr().err
     assert (status, last) == (int(fails == 3), fails == 3)
     saved = sorted(folder.name for folder in out.glob("global_step_*"))
