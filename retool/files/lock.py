@@ -22,32 +22,48 @@ def sole_user(folder: Path, patience_s: float = 10.0) -> Iterator[None]:
     folder still. Disks that know no such locks (flock of a directory) are used without.
     """
     new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    end = time.monotonic() + patience_s
+    handle = _locked(folder, time.monotonic() + patience_s)
     try:
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise ValueError("another run is writing there.") from None
-                # flock can't wait for so long and no longer, so it is asked again
-                time.sleep(0.2)
-            except OSError:
-                break
         yield
     finally:
         with contextlib.suppress(OSError):  # the folder may be gone
             # Not another run's, which may have been made in the place of this one.
-            if (
-                new
-                and os.path.samestat(os.stat(folder), os.fstat(handle))
-                and not any(folder.iterdir())
-            ):
+            if new and _is_named(folder, handle) and not any(folder.iterdir()):
                 folder.rmdir()
         os.close(handle)
+
+
+def _locked(folder: Path, end: float) -> int:
+    """A handle of the folder with the lock on it. ValueError if another run has it still at `end`."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Opened for each try: the run before may take its empty folder away, and a lock on that one
+        # would keep nobody out of the next.
+        with contextlib.suppress(FileNotFoundError):
+            handle = os.open(folder, os.O_RDONLY)
+            if _lock(handle) and _is_named(folder, handle):
+                return handle
+            os.close(handle)
+        if time.monotonic() > end:
+            raise ValueError("another run is writing there.")
+        # flock can't wait for so long and no longer, so it is asked again
+        time.sleep(0.2)
+
+
+def _lock(handle: int) -> bool:
+    """Whether the folder is this process's now, as far as its disk knows such locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _is_named(folder: Path, handle: int) -> bool:
+    """Whether `folder` still names what was opened."""
+    return os.path.lexists(folder) and os.path.samestat(os.stat(folder), os.fstat(handle))
 
 
 def in_use(folder: Path) -> bool:

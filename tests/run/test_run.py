@@ -9,11 +9,12 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from retool.files.lock import sole_user
+from retool.files.lock import in_use, sole_user
 from retool.files.own_folder import OwnFolder
 from retool.parallel.mesh import make_mesh
 from retool.run.preemption import SIGNALS, StopRequest
@@ -62,6 +63,31 @@ def test_a_folder_that_nothing_was_written_to_goes_again(tmp_path: Path) -> None
         with sole_user(tmp_path / name):
             assert (tmp_path / name).is_dir()
         assert (tmp_path / name).exists() == stays
+
+
+def test_who_waited_for_a_folder_has_it_alone_when_it_went_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    before = ExitStack()
+    before.enter_context(sole_user(folder))
+    # The run before ends while this one waits, and takes the folder that it made away.
+    monkeypatch.setattr("retool.files.lock.time.sleep", lambda _: before.close())
+    with sole_user(folder):
+        assert in_use(folder)
+
+
+def test_who_is_refused_leaves_the_folder_to_who_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    with sole_user(folder):
+        # Both looked before either made it.
+        monkeypatch.setattr(Path, "exists", lambda _: False)
+        with pytest.raises(ValueError, match="another run"), sole_user(folder, patience_s=0):
+            pass
+        monkeypatch.undo()
+        assert in_use(folder)
 
 
 def test_the_command_refuses_a_folder_in_use(
