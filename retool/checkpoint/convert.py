@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from retool.checkpoint.format.folder import (
     DATA,
     MARK,
     holds_shards,
+    recorded_files,
     shard_name,
     write_config,
 )
@@ -35,8 +37,13 @@ from retool.checkpoint.shards.files import Shards
 from retool.checkpoint.shards.optimizer import optimizer_step, parameter_group
 from retool.checkpoint.shards.source import ShardSource
 from retool.checkpoint.shards.states import extra_state, step_of
+from retool.files.durable import fsync
 from retool.files.lock import sole_user
 from retool.parallel.fsdp.layout import Layout, SlotSpec, make_layout
+
+OF_SHARDS = re.compile(
+    rf"(model|optim|extra_state)_world_size_\d+_rank_\d+\.pt|{re.escape(CHECKSUMS)}|{re.escape(CONFIG)}"
+)
 
 
 def convert(
@@ -49,22 +56,22 @@ def convert(
     """
     if world < 1:
         raise ValueError(f"--world-size {world}: it must be at least 1.")
-    folder = folder.resolve()  # "." has no name to put .converting after
+    folder = _checkpoint_of(folder.resolve())  # "." has no name to put .converting after
     final = folder if out is None else out.resolve()
     mend(final)
     where = require_complete(folder)
     if out is not None and final.exists():
         raise ValueError(f"{out} exists. Give another folder, or delete it first.")
+    if folder in final.parents:
+        raise ValueError(f"{out} lies in the checkpoint itself. Give a folder outside of it.")
     temporary = claim(final, "converting")  # not .tmp: a run's next save clears those away
     try:
         # Locked, so that no other conversion takes it for one that was cut off.
         with sole_user(temporary):
             target = temporary / where.relative_to(folder)
-            _copy_all_but_shards(folder, temporary)
-            # They speak of the old shards. New ones are written last, when all that they speak of
+            # The small files that speak of the shards are written last, when all that they speak of
             # is there.
-            for name in (CHECKSUMS, CONFIG):
-                (target / name).unlink(missing_ok=True)
+            _copy(folder, temporary, left_out=where)
             step = _write_ranks(where, target, world, progress)
             write_config(target, world, world, step, _checksums_in(temporary, target))
             publish(temporary, final, ours=True)
@@ -74,11 +81,25 @@ def convert(
     return final
 
 
-def _copy_all_but_shards(folder: Path, temporary: Path) -> None:
-    def left_out(_: str, names: list[str]) -> list[str]:
-        return [name for name in names if name == MARK or (name.endswith(".pt") and name != DATA)]
+def _checkpoint_of(folder: Path) -> Path:
+    """The whole that `folder` belongs to, if it is the actor/ of one: data.pt lies above it."""
+    return folder.parent if f"../{DATA}" in recorded_files(folder) else folder
 
-    shutil.copytree(folder, temporary, dirs_exist_ok=True, ignore=left_out)
+
+def _copy(source: Path, target: Path, left_out: Path) -> None:
+    """Copy a folder into one that is there, synced to the disk, but for the shards in `left_out` and
+    what is said of them.
+
+    Modes aren't copied: a checkpoint that may only be read can be converted, too.
+    """
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            (target / path.name).mkdir()
+            _copy(path, target / path.name, left_out)
+        elif path.name != MARK and not (source == left_out and OF_SHARDS.fullmatch(path.name)):
+            shutil.copyfile(path, target / path.name)
+            fsync(target / path.name)
+    fsync(target)
 
 
 def _checksums_in(temporary: Path, target: Path) -> dict[str, Any]:
@@ -139,7 +160,7 @@ def _write_ranks(where: Path, target: Path, world: int, progress: Progress) -> i
             )
             write_archive(target / shard_name("optim", world, rank), content)
         if extra is not None:
-            (target / shard_name("extra_state", world, rank)).write_bytes(frozen(extra, "extra"))
+            write_archive(target / shard_name("extra_state", world, rank), frozen(extra, "extra"))
     return step
 
 

@@ -12,6 +12,7 @@ from retool.checkpoint.flat.fill import CHUNK, same_values
 from retool.checkpoint.format.folder import faulty_files, model_folder, recorded_files
 from retool.checkpoint.format.safetensors import INDEX, SHARD_BYTES, SINGLE, WeightsWriter
 from retool.checkpoint.format.torch_file import WAY_OUT
+from retool.checkpoint.format.tracker import checkpoints
 from retool.checkpoint.hf.side_files import copy_side_files, tied, untie
 from retool.checkpoint.shards.same_step import require_one_step
 from retool.checkpoint.shards.source import ShardSource
@@ -93,9 +94,10 @@ def head_is_embedding(source: ShardSource, config_folder: Path) -> bool:
 def require_complete(folder: Path) -> Path:
     where = model_folder(folder)
     if wrong := faulty_files(where):
-        raise ValueError(
-            f"{folder} is not a complete checkpoint: {'; '.join(wrong[:5])}. {WAY_OUT}"
-        )
+        said = "; ".join(wrong[:5]).removesuffix(".")
+        # Of a run, which of its checkpoints to give has been said
+        way_out = "" if any(checkpoints(folder)) else f" {WAY_OUT}"
+        raise ValueError(f"{folder} is not a complete checkpoint: {said}.{way_out}")
     if not recorded_files(where):  # else each byte is compared with its checksum when it is read
         require_one_step(where)
     return where

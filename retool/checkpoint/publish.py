@@ -41,7 +41,8 @@ def claim(final: Path, kind: str = "tmp") -> Path:
     try:
         _mark(path)
     except OSError:
-        path.rmdir()
+        # On a full disk the mark may be there without its words
+        remove(path, ours=True)
         raise
     return path
 

@@ -131,7 +131,7 @@ def _files(where: Path) -> Iterator[str]:
         # The others' blocks are compared when they are read, so no shard is read twice
         if not name.endswith(".pt") and checksums_of(where / name) != entry:
             yield f"{where / name} differs from {CHECKSUMS}: it was changed or is damaged."
-        if name.startswith("extra_state") or name.endswith(DATA):
+        if name.startswith("extra_state") or Path(name).name == DATA:
             TorchFile(where / name, entry["crc32"]).check_all()
             read_state(where / name, entry["crc32"])
 

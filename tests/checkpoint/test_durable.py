@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 
 from retool import checkpoint
+from retool.checkpoint.convert import convert
 from retool.checkpoint.format.folder import MARK
 from tests.checkpoint import states
 
@@ -41,38 +44,48 @@ def lasting(path: Path) -> Any:
     return sorted(os.listdir(path)) if path.is_dir() else path.read_bytes()
 
 
-def test_a_power_cut_at_any_instant_leaves_a_whole_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@contextmanager
+def watched_disk() -> Iterator[Disk]:
+    """What is synced and renamed while this lasts; what goes away need not have been synced."""
+    disk = Disk()
+    fsync = os.fsync
+    with pytest.MonkeyPatch.context() as patch:
+
+        def watch(name: str) -> None:
+            real = getattr(Path, name)
+
+            def renamed(old: Path, new: Path) -> Path:
+                if new.suffix in (".tmp", ".old"):
+                    disk.events.append(f"{old.name} goes")
+                else:
+                    disk.rename(old, new)
+                return real(old, new)
+
+            patch.setattr(Path, name, renamed)
+
+        def synced(descriptor: int) -> None:
+            fsync(descriptor)
+            disk.sync(descriptor)
+
+        watch("rename")
+        watch("replace")
+        patch.setattr(os, "fsync", synced)
+        yield disk
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A run's folder; its model has a folder in its own."""
     source = states.source_model(tmp_path / "source")
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
-    root = tmp_path / "run"
+    return tmp_path / "run"
+
+
+def test_a_power_cut_at_any_instant_leaves_a_whole_checkpoint(root: Path) -> None:
     assert states.save(str(root), steps=(5,)) == [None]
-    disk = Disk()
-    fsync = os.fsync
-
-    def watch(name: str) -> None:
-        real = getattr(Path, name)
-
-        def renamed(old: Path, new: Path) -> Path:
-            if new.suffix != ".tmp":
-                disk.rename(old, new)
-            else:
-                disk.events.append(f"{old.name} goes")
-            return real(old, new)
-
-        monkeypatch.setattr(Path, name, renamed)
-
-    def synced(descriptor: int) -> None:
-        fsync(descriptor)
-        disk.sync(descriptor)
-
-    watch("rename")
-    watch("replace")
-    monkeypatch.setattr(os, "fsync", synced)
-    assert states.save(str(root), steps=(6,), keep=1) == [None]
-    monkeypatch.undo()
+    with watched_disk() as disk:
+        assert states.save(str(root), steps=(6,), keep=1) == [None]
 
     tracker = "latest_checkpointed_iteration.txt"
     names = [event for event in disk.events if not re.search("sync|json", event)]
@@ -90,3 +103,15 @@ def test_a_power_cut_at_any_instant_leaves_a_whole_checkpoint(
         "global_step_5 goes",
     ]
     assert checkpoint.latest(root) == root / "global_step_6"
+
+
+@pytest.mark.parametrize("subfolder", ["", "actor"])
+def test_a_power_cut_at_any_instant_of_a_conversion_leaves_a_whole_checkpoint(
+    root: Path, subfolder: str
+) -> None:
+    assert states.save(str(root), steps=(5,), subfolder=subfolder) == [None]
+    with watched_disk() as disk:
+        convert(root / "global_step_5", 2)
+    names = [event for event in disk.events if not re.search("sync|json", event)]
+    assert names == ["global_step_5 goes", "global_step_5.converting → global_step_5"]
+    assert disk.events[-1] == f"sync {root.name}"

@@ -263,7 +263,9 @@ def test_wrong_usage_ends_with_its_own_status(capsys: pytest.CaptureFixture[str]
     assert end.value.code == 0
 
 
-def test_a_run_instead_of_a_checkpoint_is_told_which_to_take(tmp_path: Path) -> None:
+def test_a_run_instead_of_a_checkpoint_is_told_which_to_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "global_step_7").mkdir()
     with pytest.raises(
         ValueError,
@@ -272,3 +274,6 @@ def test_a_run_instead_of_a_checkpoint_is_told_which_to_take(tmp_path: Path) -> 
         world_size(tmp_path)
     with pytest.raises(ValueError, match=r"holds no model shards\.$"):
         world_size(tmp_path / "global_step_7")
+    assert main(["merge", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert said.endswith("its newest checkpoint is " + str(tmp_path / "global_step_7") + ".\n")

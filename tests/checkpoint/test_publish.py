@@ -170,6 +170,18 @@ def test_a_clean_up_that_fails_ends_nothing(
     assert _names(run) == ["global_step_5", TRACKER], "what could not be deleted then goes now"
 
 
+def test_a_disk_too_full_for_the_mark_is_said_as_that(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: object, **__: object) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert "No space left on device" in (_save(run, 4) or "")
+    assert "global_step_4.tmp" not in _names(run)
+
+
 def test_the_mark_goes_last(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed at any instant of a deletion, what is left can be recognised."""
     states_seen = list[bool]()
