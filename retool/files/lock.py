@@ -1,5 +1,5 @@
-"""One run at a time in a folder: an advisory lock that the kernel lets go of when its process ends,
-however that is.
+"""One run at a time in a folder, one writer of a file: advisory locks that the kernel lets go of when
+their process ends, however that is.
 """
 
 from __future__ import annotations
@@ -11,6 +11,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+
+def keep(file: IO[str]) -> bool:
+    """Keep a file from every other process that asks likewise, until it is closed; False where one
+    has it. Disks that know no such locks are used without.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 @contextmanager

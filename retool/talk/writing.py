@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from retool.config.command import INTERRUPTED
+from retool.llm.folder import model_of
+from retool.preflight.identity import weights_checksum
 from retool.rl.agent.tools.load import close_tools
 from retool.talk.agent import Talker, make_talker, open_llm, open_tools, open_worlds, sampling_of
 from retool.talk.answers import AnswersFile
@@ -63,7 +65,11 @@ def write_answers(options: argparse.Namespace) -> int:
     """Exit status. ValueError for what the user can mend."""
     sampling = sampling_of(options, options.n)
     # Before the model, whose loading takes minutes: the file may be there already
-    out = AnswersFile(options.out, {name: getattr(options, name) for name in SETTINGS})
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    # A run's folder may hold a newer model when the command goes on, or in a moment
+    options.model = model_of(options.model)
+    settings["weights"] = weights_checksum(options.model)
+    out = AnswersFile(options.out, settings)
     tools = open_tools(options.tools, options.isolation, options.session)
     try:
         with (
@@ -80,7 +86,7 @@ def write_answers(options: argparse.Namespace) -> int:
             else:
                 questions = read_questions(options.files, talker, options.column, options.max_rows)
             # Not earlier: questions that can't be read should leave no part behind
-            out.begin()
+            out.begin([question.row for question in questions])
             try:
                 asyncio.run(_write(talker, questions, out))
             except KeyboardInterrupt:
@@ -99,8 +105,7 @@ async def _write(talker: Talker, questions: Sequence[Question], out: AnswersFile
         print(f"going on from {out.part}: {out.done:,} rows are answered", file=sys.stderr)
     with _progress(tally) as tell:
         async for question, completions in answer_all(talker, questions[out.done :]):
-            answers: list[dict[str, Any]] = [completion.as_dict() for completion in completions]
-            out.write({"row": question.row, "completions": answers})
+            out.write(question.row, [completion.as_dict() for completion in completions])
             tally.add(completions)
             tell()
     print(f"{tally.sentence()}: {out.path}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import pytest
 
 from retool.__main__ import main
 from retool.llm.llm import LLM
+from retool.preflight.identity import weights_checksum
 from retool.rl.agent.formats.hermes import CALL_OPENS
 from retool.talk import writing
 from retool.talk.answers import AnswersFile
 from retool.talk.batch import Completion, answer_all
 from retool.talk.questions import read_questions
+from tests.llm.models import write_model
 
 CALL = (
     '<tool_call>\n{"name": "code_interpreter", "arguments": {"code": "print(6 * 7)"}}\n</tool_call>'
@@ -134,7 +137,7 @@ def test_the_command_goes_on_from_its_part(
         "environment": None, "environment_kwargs": None,
     }  # fmt: skip
     stopped = AnswersFile(out, settings)
-    stopped.begin()
+    stopped.begin([])
     stopped.close()
     with part.open("a") as grown:
         grown.write("".join(lines[:2]) + lines[2][:20])
@@ -159,6 +162,53 @@ def test_a_part_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [part]  # a run that ends before it began leaves nothing
     with pytest.raises(ValueError, match="there is no folder"):
         AnswersFile(tmp_path / "none" / "out.jsonl", {})
+    with pytest.raises(ValueError, match="is there already"):
+        AnswersFile(Path("."), {})
+
+
+def test_a_part_is_gone_on_with_by_one_process_and_for_the_same_rows(tmp_path: Path) -> None:
+    """Each fault would put answers of two kinds into one file, in silence."""
+    out = tmp_path / "out.jsonl"
+    (tmp_path / "out.jsonl.partial").touch()  # killed before it wrote anything
+    rows = [{"prompt": "a", "x": float("nan")}, {"prompt": "b\ud800 ä"}, {"prompt": "c"}]
+    first = AnswersFile(out, {"n": 1})
+    late = AnswersFile(out, {"n": 1})
+    first.begin(rows)
+    with pytest.raises(ValueError, match="another process is writing"):
+        late.begin(rows)
+    first.write(rows[0], [{"text": "A"}])
+    first.write(rows[1], [{"text": "Ä"}])
+    first.close()
+    for others in (rows[:1], [rows[0], rows[2]], [{}, *rows[1:]]):
+        with pytest.raises(ValueError, match="answers other rows than there are now"):
+            AnswersFile(out, {"n": 1}).begin(others)
+    late.begin([*rows, {"prompt": "new"}])
+    assert late.done == 2
+    late.write(rows[2], [{"text": "C"}])
+    later = AnswersFile(out, {"n": 1})
+    late.finish()
+    assert [entry["completions"][0]["text"] for entry in read_lines(out)] == ["A", "Ä", "C"]
+    assert read_lines(out)[1]["row"] == rows[1]
+    with pytest.raises(ValueError, match="is there already"):
+        later.begin(rows)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_part_of_other_weights_is_not_gone_on_with(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run's folder has a newer model by then."""
+    run = tmp_path / "run"
+    shutil.copytree(folder, run / "global_step_1" / "huggingface")
+    settings = {"weights": weights_checksum(folder)}
+    stopped = AnswersFile(tmp_path / "out.jsonl", settings)
+    stopped.begin([])
+    stopped.close()
+    write_model(run / "global_step_2" / "huggingface", seed=1)
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    words = ["generate", str(run), rows, "--out", str(tmp_path / "out.jsonl"), "--device", "cpu"]
+    assert main(words) == 1
+    assert f"other settings (weights: {settings['weights']} →" in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_what_the_same_command_goes_on_from(
