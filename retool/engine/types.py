@@ -80,7 +80,7 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
-            raise ValueError(f"rollout.max_num_seqs={self.max_num_seqs} must be at least 1.")
+            raise ValueError(f"max_num_seqs={self.max_num_seqs} must be at least 1.")
         if self.max_batch_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_batch_tokens={self.max_batch_tokens} is less than "

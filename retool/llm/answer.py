@@ -8,7 +8,7 @@ so pieces change nothing of what is drawn.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -109,7 +109,7 @@ class Answer:
         if self._may_hold_stop(ended) and self._stop_at_text():
             return
         if by_token:
-            asked = last in self.params.stop_token_ids
+            asked = last in (self.params.stop_token_ids or ())
             self._finish("stop", last if asked else None, self.ids[:-1])
         elif ended:
             self._finish("length", None, self.ids)
@@ -160,18 +160,22 @@ class Answer:
         return text
 
 
-def run(engine: Sampler, answers: Sequence[Answer]) -> Generator[Answer]:
-    """Sample `answers`: each is handed out whenever it has grown, and when it is done.
+def run(
+    engine: Sampler, answers: Sequence[Answer], under_way: dict[Hashable, Answer]
+) -> Generator[None]:
+    """Sample `answers`, and give the caller a turn whenever some have grown.
 
-    However this ends, the engine has forgotten them.
+    `under_way` are all that the engine samples, by key: those of another `run` grow meanwhile. However
+    this ends, the engine has forgotten its own.
     """
-    under_way: dict[Any, Answer] = {}
+    mine = {answer.key for answer in answers}
     try:
         for answer in answers:
             engine.start(answer.key, answer.prompt, answer.turn(), group=answer.key[:2])
             under_way[answer.key] = answer
-        while under_way:
-            for turn in engine.step():
+        while not mine.isdisjoint(under_way):
+            turns = engine.step()
+            for turn in turns:
                 answer = under_way[turn.key]
                 answer.take(turn)
                 if answer.finish_reason is None:
@@ -179,8 +183,11 @@ def run(engine: Sampler, answers: Sequence[Answer]) -> Generator[Answer]:
                 else:
                     del under_way[turn.key]
                     engine.drop(turn.key)
-                yield answer
+            # Not before all have their turn: whoever called may not come back
+            if any(turn.key in mine for turn in turns):
+                yield
     # Also when the caller stops reading: what nobody waits for takes no room in the cache.
     finally:
-        for key in under_way:
+        for key in mine & under_way.keys():
+            del under_way[key]
             engine.drop(key)

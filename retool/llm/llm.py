@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
@@ -75,6 +75,7 @@ class LLM:
         self._rendering = Rendering(chat_template=chat_template)
         self.eos_ids = eos_ids(self.folder)
         self._calls = 0
+        self._under_way: dict[Hashable, Answer] = {}  # of streams that are being read, too
         where = pick_device(device)
         options = EngineOptions(
             max_num_seqs=max_num_seqs,
@@ -85,6 +86,10 @@ class LLM:
             use_compile=False if enforce_eager else "auto",
         )
         config = read_model_config(self.folder)
+        if max_model_len is not None and max_model_len < 2:
+            raise ValueError(
+                f"max_model_len={max_model_len}: a prompt and its answer have at least 2 tokens."
+            )
         if max_model_len and config.max_position and max_model_len > config.max_position:
             raise ValueError(
                 f"max_model_len={max_model_len:,}: the model takes {config.max_position:,} tokens at most."
@@ -162,7 +167,7 @@ class LLM:
         params = sampling_params or SamplingParams()
         request = self.text_request(prompt, params)
         answers = self.begin([request], STREAMED_TOKENS)
-        with closing(run(self.engine, answers)) as growth:
+        with closing(run(self.engine, answers, self._under_way)) as growth:
             for _ in growth:
                 if not all(answer.finish_reason for answer in answers):
                     yield make_output(request, answers, {}, self.tokenizer)
@@ -237,7 +242,7 @@ class LLM:
 
     def _answer(self, requests: Sequence[Request]) -> list[RequestOutput]:
         answers = self.begin(requests, None)
-        for _ in run(self.engine, answers):
+        for _ in run(self.engine, answers, self._under_way):
             pass
         found = self._looked_up(answers)
         in_order = iter(answers)
@@ -268,7 +273,7 @@ class LLM:
                     params=params,
                     seed=(*own, sample),
                     limit=min(params.max_tokens or most, most),
-                    end_ids=(*stops, *params.stop_token_ids),
+                    end_ids=(*stops, *(params.stop_token_ids or ())),
                     detokenizer=Detokenizer(self.tokenizer, params.skip_special_tokens),
                     piece=piece or (PIECE_TOKENS if params.stop_texts else None),
                 )

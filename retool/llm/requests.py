@@ -29,7 +29,7 @@ def several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several, as several: a list of numbers is one."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
-    if prompts and all(type(entry) is int for entry in prompts):
+    if isinstance(prompts, Sequence) and prompts and all(type(entry) is int for entry in prompts):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 

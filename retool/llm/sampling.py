@@ -34,8 +34,8 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = -1
     max_tokens: int | None = 16
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
+    stop: str | Sequence[str] | None = ()
+    stop_token_ids: Sequence[int] | None = ()
     seed: int | None = None
     logprobs: int | None = None
     ignore_eos: bool = False
@@ -73,4 +73,4 @@ class SamplingParams:
     @property
     def stop_texts(self) -> tuple[str, ...]:
         """`stop`, as several."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

@@ -8,11 +8,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from retool import LLM, SamplingParams
+from retool.llm.outputs import RequestOutput
 from tests.llm.models import write_model
 
 MESSAGES = [{"role": "user", "content": "What does <|im_end|> mean?"}]
@@ -73,6 +75,9 @@ def test_n_and_seed(folder: Path, llm: LLM) -> None:
     assert tokens == [answer.token_ids for answer in among.outputs]
     assert [answer.index for answer in alone.outputs] == [0, 1, 2]
     assert len(set(map(tuple, tokens))) == 3
+
+    numpys = SamplingParams(n=3, seed=np.int64(5), max_tokens=8, stop=None, stop_token_ids=None)
+    assert [answer.token_ids for answer in llm.generate(TEXTS[1], numpys)[0].outputs] == tokens
 
     free = SamplingParams(max_tokens=8)
     programs = []
@@ -195,6 +200,25 @@ def test_stream_grows_to_what_generate_gives(llm: LLM) -> None:
     assert llm.engine.idle()
 
 
+def test_streams_may_be_read_beside_others(llm: LLM) -> None:
+    """Each gets the tokens that it gets alone, also when another one is left in the middle."""
+
+    def tokens(output: RequestOutput) -> list[int]:
+        return output.outputs[0].token_ids
+
+    params = [SamplingParams(max_tokens=n, seed=2, ignore_eos=True) for n in (40, 24)]
+    wanted = [tokens(llm.generate(TEXTS[0], own)[0]) for own in params]
+    first, second, left = (llm.stream(TEXTS[0], own) for own in (*params, params[0]))
+    next(left)
+    for begun, other in zip(first, second, strict=False):
+        if len(tokens(begun)) == len(tokens(other)) == 12:
+            left.close()
+            assert tokens(llm.generate(TEXTS[0], params[1])[0]) == wanted[1]
+    ends = [[begun, *first][-1], [other, *second][-1]]
+    assert [tokens(output) for output in ends] == wanted
+    assert llm.engine.idle() and not llm.engine.scheduler.sequences
+
+
 def test_an_interruption_leaves_the_engine_empty(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(llm.engine, "step", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -218,6 +242,8 @@ def test_prompts_that_cannot_be_answered(llm: LLM, prompt: Any, said: str) -> No
     with pytest.raises(ValueError, match=said):
         llm.generate(["Hello", prompt], GREEDY)
     assert llm.engine.idle()
+    with pytest.raises(ValueError, match="a text or a list of token ids"):
+        llm.generate(np.array([5, 6]))
 
 
 @pytest.mark.parametrize(
@@ -237,6 +263,10 @@ def test_a_runs_folder_is_its_newest_export(folder: Path, tmp_path: Path) -> Non
         assert llm.folder.parent.name == "global_step_2"
     with pytest.raises(ValueError, match="takes 1,024"):
         LLM(folder, max_model_len=1025)
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        LLM(folder, max_model_len=0)
+    with pytest.raises(ValueError, match=r"^max_num_seqs=0"):
+        LLM(folder, max_num_seqs=0)
     with pytest.raises(ValueError, match="was closed"):
         llm.generate("Hi")
     with pytest.raises(ValueError, match="holds no model"):

@@ -6,6 +6,7 @@ The numbers are a counter through SplitMix64's mixer (Steele, Lea & Flood, OOPSL
 
 from __future__ import annotations
 
+from operator import index
 from typing import NamedTuple
 
 from torch import Tensor
@@ -35,7 +36,8 @@ class Draws(NamedTuple):
 def seed_key(seed: tuple[int, ...]) -> int:
     """A signed 64-bit key of a seed; every element and their order count."""
     key = len(seed)
-    for part in seed:
+    # numpy's numbers have no room for more than 64 bits
+    for part in map(index, seed):
         key = _mixed_int((key + (part & MASK) + GOLDEN) & MASK) ^ (part >> 64 & MASK)
     return key - (1 << 64) if key >= 1 << 63 else key
 
