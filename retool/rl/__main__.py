@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 
@@ -33,6 +32,7 @@ def main(words: list[str], program: str = PROGRAM) -> int:
     # Heavy imports come late: `--help` doesn't wait for torch.
     from retool.preflight.show import show_plan
     from retool.rl.agent.tools.load import close_tools
+    from retool.rl.agent.tools.state import run_alone
     from retool.rl.preflight.checks import preflight
     from retool.rl.preflight.show import in_words
     from retool.rl.train import train
@@ -47,7 +47,7 @@ def main(words: list[str], program: str = PROGRAM) -> int:
         if not faults and rank == 0:
             show_plan(in_words(report), report.notes)
         if faults or checking:
-            asyncio.run(close_tools(report.tools))  # which preflight started to try them
+            run_alone(close_tools(report.tools))  # which preflight started to try them
             return int(bool(faults))
         with ended_well() as ending:
             train(report)

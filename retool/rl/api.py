@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from retool.rl.agent.environments.load import EnvironmentSource, parts_of_name
 from retool.rl.agent.loops.load import LoopSource
 from retool.rl.agent.tools.load import close_tools
 from retool.rl.agent.tools.protocol import AnyTool
+from retool.rl.agent.tools.state import run_alone
 from retool.rl.config import RLConfig
 from retool.rl.config.names import IGNORED, SYNONYMS
 from retool.rl.preflight.checks import preflight
@@ -248,5 +248,5 @@ def _run(parsed: Parsed[RLConfig], held: Held, caller: Caller) -> tuple[Result, 
     try:
         return carry_out(report, in_words, train, caller)
     except Refused:
-        asyncio.run(close_tools(report.tools))  # which preflight started to try them
+        run_alone(close_tools(report.tools))  # which preflight started to try them
         raise

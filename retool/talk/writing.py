@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from retool.config.command import INTERRUPTED
 from retool.llm.folder import model_of
 from retool.preflight.identity import weights_checksum
 from retool.rl.agent.tools.load import close_tools
+from retool.rl.agent.tools.state import run_alone
 from retool.talk.agent import Talker, make_talker, open_llm, open_tools, open_worlds, sampling_of
 from retool.talk.answers import AnswersFile
 from retool.talk.batch import Completion, answer_all
@@ -88,13 +88,13 @@ def write_answers(options: argparse.Namespace) -> int:
             # Not earlier: questions that can't be read should leave no part behind
             out.begin([question.row for question in questions])
             try:
-                asyncio.run(_write(talker, questions, out))
+                run_alone(_write(talker, questions, out))
             except KeyboardInterrupt:
                 print(f"stopped: the same command goes on from {out.part}", file=sys.stderr)
                 return INTERRUPTED
             out.finish()
     finally:
-        asyncio.run(close_tools(tools))
+        run_alone(close_tools(tools))
     return 0
 
 

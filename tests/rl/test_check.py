@@ -4,14 +4,16 @@ run's checkpoint by name.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from retool.rl.__main__ import main
-from retool.rl.agent.tools import ToolResult
+from retool.rl.agent.tools import ToolResult, load, state
 from retool.sft.__main__ import main as sft
 from tests.faults import another_model, contents, planned, refused
 from tests.rl.test_command import ARR, REWARDS, words
@@ -68,6 +70,51 @@ def command(work: Path, begun: Path, out: Path, *more: str) -> list[str]:
         *small,
         *more,
     ]
+
+
+class Staying(Adder):
+    """It never heeds that it is cancelled."""
+
+    async def close(self) -> None:
+        while True:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(60)
+
+
+STAYING = """
+import asyncio
+
+
+class World:
+    async def reset(self, row):
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                pass
+
+    async def step(self, message):
+        pass
+"""
+
+
+def test_a_tool_and_an_environment_that_do_not_heed_being_cancelled_do_not_hold_up_the_check(
+    work: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    untried: None,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(load, "CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr(state, "CLOSE_SECONDS", 0.05)
+    (tmp_path / "tools.yaml").write_text("tools: [{class_name: tests.rl.test_check.Staying}]")
+    (tmp_path / "world.py").write_text(STAYING)
+    tools = ["enable=true", f"tool_config_path={tmp_path}/tools.yaml"]
+    world = [f"environment.path={tmp_path}/world.py", "environment.name=World"]
+    asked = [TURNS + key for key in (*tools, *world, "environment.timeout_seconds=0.1")]
+    with pytest.warns(UserWarning, match="the tool add did not close"):
+        assert main([*words(work, tmp_path / "out"), *asked, "--check"]) == 1
+    assert "reset gave no answer within 0.1 s. Mend it" in capfd.readouterr().out
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Sequence
 
 from retool.config import Fault
@@ -10,6 +9,7 @@ from retool.rl.agent.tools.interpreter import CodeInterpreter, contents_of
 from retool.rl.agent.tools.of_row import kwargs_of
 from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.agent.tools.session import InterpreterSession
+from retool.rl.agent.tools.state import run_alone
 from retool.rl.preflight.plan import RLReport
 from retool.sandbox.fusion_client import unreachable
 
@@ -28,7 +28,7 @@ def sandbox_faults(tools: Sequence[AnyTool], first: bool) -> Iterator[Fault]:
             yield Fault(
                 f"sandbox_fusion_url={url}", f"no server can be reached there ({reason}).", remedy
             )
-        elif first and (reason := asyncio.run(tool.trial())):
+        elif first and (reason := run_alone(tool.trial())):
             where = (
                 f"sandbox_fusion_url={url}"
                 if url

@@ -4,7 +4,6 @@ found.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ from retool.rl.agent.loops.load import find_loop
 from retool.rl.agent.options import Agent, AgentOptions
 from retool.rl.agent.tools.interpreter import InterpreterConfig
 from retool.rl.agent.tools.load import RunLimits
+from retool.rl.agent.tools.state import run_alone
 from retool.rl.preflight.identity import ENVIRONMENT_KEY, LOOP_KEY
 from retool.rl.preflight.plan import Held, RLReport
 from retool.rl.types import Prompt
@@ -76,7 +76,8 @@ def try_environment(report: RLReport) -> Iterator[Fault]:
     failure = _failure_on(report, report.environment, prompt)
     if failure:
         row = prompt.extra_info.get("row", "the first question")
-        problem = f"it fails on {row}: {failure.removeprefix('environment.')}."
+        told = failure.removeprefix("environment.").removesuffix(".")
+        problem = f"it fails on {row}: {told}."
         yield Fault(ENVIRONMENT_KEY, problem, "Mend it: the trajectory would be lost.")
 
 
@@ -84,7 +85,7 @@ def _failure_on(report: RLReport, source: EnvironmentSource, prompt: Prompt) -> 
     """Why an environment can't begin with a question, or doesn't close; "" if it does both."""
     make = source.load()
     try:
-        asyncio.run(_begin_and_close(report, make, prompt))
+        run_alone(_begin_and_close(report, make, prompt))
     except EnvironmentFailure as error:
         return str(error)
     finally:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from retool.rl.agent.tools import FunctionTool, load
+from retool.rl.agent.tools import FunctionTool, load, state
 from retool.rl.agent.tools.function import text_of
 from retool.rl.agent.tools.interpreter import (
     SCHEMA,
@@ -30,6 +30,7 @@ from retool.rl.agent.tools.interpreter import (
 )
 from retool.rl.agent.tools.load import INTERPRETERS, RunLimits, close_tools, load_tools
 from retool.rl.agent.tools.protocol import Tool, ToolResult, function_of
+from retool.rl.agent.tools.state import run_alone
 from retool.rl.agent.tools.trajectory_tool import result_of
 from retool.sandbox import Result, Sandbox
 
@@ -161,10 +162,9 @@ class Clingy(Echo):
             raise KeyError("gone")
         if end == "exit":
             sys.exit(3)
-        if end == "stay":  # cancelled once, it goes on
-            end = 60
+        while end == "stay":  # however often it is cancelled
             with suppress(asyncio.CancelledError):
-                await asyncio.sleep(end)
+                await asyncio.sleep(60)
         await asyncio.sleep(end)
 
 
@@ -172,10 +172,11 @@ def test_tools_that_do_not_close_are_told_of_and_the_others_closed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(load, "CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr(state, "CLOSE_SECONDS", 0.05)
     closed: list[Tool] = [Clingy({"end": end}, {}) for end in ("raise", "exit", 60, "stay", 0)]
     begin = time.monotonic()
     with pytest.warns(UserWarning) as told:
-        asyncio.run(close_tools(closed))
+        run_alone(close_tools(closed))
     assert [str(w.message) for w in told] == [
         "the tool echo did not close: KeyError: 'gone'",
         "the tool echo did not close: SystemExit: 3",

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from retool.rl.agent.extras import import_failed
 from retool.rl.agent.tools.protocol import TRAJECTORY, AnyTool, ToolResult, check_schema
+from retool.rl.agent.tools.state import run_alone
 
 CONNECT_SECONDS = 30.0  # that a server has to answer for the first time
 ASK_SECONDS = 5.0  # that it has to show it is still there, after an error
@@ -286,7 +287,7 @@ def mcp_tools(server: McpServer) -> list[AnyTool]:
     ValueError where it can't be reached, or lacks one that is wanted.
     """
     try:
-        listed = asyncio.run(_listed(server))
+        listed = run_alone(_listed(server))
     except ConnectionError as error:
         raise ValueError(f"{error}.") from error
     schemas = {tool.name: schema_of_tool(tool) for tool in listed}

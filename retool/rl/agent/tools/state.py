@@ -12,13 +12,14 @@ import warnings
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 from retool.rl.agent.tools.protocol import StatefulTool, ToolResult
 from retool.rl.reward.foreign import plain, shown, words_of
 
+T = TypeVar("T")
 CLOSE_SECONDS = 10.0  # that a tool has to close what it kept
 
 
@@ -55,6 +56,30 @@ async def outcome_of(
                 task.add_done_callback(partial(_tell_late, late))
             task.cancel()
     return task.result() if came else None
+
+
+def run_alone(work: Coroutine[Any, Any, T]) -> T:
+    """What `work` comes to on an event loop of its own.
+
+    `asyncio.run` waits for whatever was started there. This leaves it to itself where it ignores
+    for `CLOSE_SECONDS` that it is cancelled.
+    """
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(work)
+    finally:
+        loop.run_until_complete(_end_others())
+        loop.close()
+
+
+async def _end_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    if others:
+        await asyncio.wait(others, timeout=CLOSE_SECONDS)
+    generators = asyncio.create_task(asyncio.get_running_loop().shutdown_asyncgens())
+    await asyncio.wait({generators}, timeout=CLOSE_SECONDS)
 
 
 async def _guarded(work: Coroutine[Any, Any, Any]) -> Outcome:
