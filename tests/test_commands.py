@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -102,6 +103,13 @@ def test_a_reader_that_goes_away_ends_a_command_quietly() -> None:
     )
     os.close(write_end)
     assert done.returncode == 141 and done.stderr == ""
+
+
+def test_a_terminal_of_few_characters_shows_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr(sys, "stdout", output)
+    assert exit_status(lambda: print("é …") or 0) == 0
+    assert output.buffer.getvalue() == "é ?\n".encode("latin-1")
 
 
 def test_another_broken_pipe_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ traceback if the user ended it.
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import signal
@@ -17,6 +18,9 @@ NOBODY_READS = 128 + signal.SIGPIPE
 
 def exit_status(main: Callable[[], int]) -> int:
     """`main`'s status; 130 after Ctrl-C; 141 where the reader of a pipe (`| head`) went away."""
+    # A legacy terminal shows "?" for a character that it hasn't
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
     try:
         try:
             return main()

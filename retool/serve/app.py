@@ -92,7 +92,9 @@ class Site:
         if self.key is None or request.path in OPEN:
             return
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self.key.encode()):
+        # What isn't UTF-8 arrives as surrogates
+        mine, theirs = (key.encode("utf-8", "surrogateescape") for key in (self.key, given))
+        if not hmac.compare_digest(mine, theirs):
             raise Refusal(
                 401,
                 "the key is missing or wrong: send the header Authorization: Bearer KEY.",

@@ -14,6 +14,7 @@ from retool.llm.requests import Request
 from retool.llm.sampling import SamplingParams
 from retool.rl.agent.options import ends_of_calls
 from retool.rl.agent.reading.form import Format
+from retool.rl.agent.tools.protocol import function_of
 from retool.serve.completions import read_logprobs, read_stream_options, token_text
 from retool.serve.engine_thread import Piece
 from retool.serve.errors import Refusal
@@ -99,6 +100,11 @@ def _tools(fields: Fields) -> list[dict[str, Any]]:
     tools = fields.take("tools", list, [])
     if not all(isinstance(tool, dict) for tool in tools):
         raise fields.refusal("tools", "must be a list of objects")
+    for tool in tools:
+        try:
+            function_of(tool if "function" in tool else {"function": tool})
+        except ValueError as error:
+            raise Refusal(400, f"a schema among the tools is wrong: {error}", "tools") from error
     choice = fields.raw("tool_choice")
     if choice not in (None, "auto", "none"):
         raise fields.refusal(
@@ -113,7 +119,7 @@ def _message(message: Any) -> dict[str, Any]:
         raise Refusal(400, f"a message must be an object, not {message!r:.60}.", "messages")
     content = message.get("content")
     if not isinstance(content, list):
-        return {**message, "content": content or ""}
+        return {**message, "content": "" if content is None else content}
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None

@@ -78,6 +78,7 @@ class CompletionForm:
     with_usage: bool
     shown: dict[int, int] = field(default_factory=dict)  # characters of each answer, in events
     offsets: dict[int, int] = field(default_factory=dict)  # where the next token's text begins
+    begun: set[int] = field(default_factory=set)  # answers that had an event
 
     def __post_init__(self) -> None:
         self.envelope = Envelope("text_completion", self.about, "cmpl")
@@ -107,7 +108,9 @@ class CompletionForm:
         choice["logprobs"] = self._logprobs(piece.number, piece.ids, piece.logp, None)
         if self.with_ids:
             choice["token_ids"] = piece.ids
-            choice["prompt_token_ids"] = None if shown else self._request(piece.number).ids
+            begun = piece.number in self.begun
+            choice["prompt_token_ids"] = None if begun else self._request(piece.number).ids
+            self.begun.add(piece.number)
         return self.envelope.around([choice])
 
     def last(self, usage: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -82,7 +82,10 @@ class Fields:
             return None
         # JSON writes 1.0 as 1
         if kind is float and type(value) is int:
-            return kind(value)  # type: ignore[call-arg]
+            try:
+                return kind(value)  # type: ignore[call-arg]
+            except OverflowError as error:
+                raise self.refusal(name, f"is too large: {value!r:.60}") from error
         is_kind = isinstance(value, kind)
         # To Python, true is a whole number
         if not is_kind or (isinstance(value, bool) and kind is not bool):

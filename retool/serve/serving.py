@@ -34,8 +34,23 @@ def serve(options: argparse.Namespace) -> int:
             f"--host {options.host} lets others in: set the environment's {KEY} to a key that they "
             "must send, or serve on 127.0.0.1."
         )
+    if options.max_queue < 0:
+        raise ValueError(f"--max-queue {options.max_queue}: it must be at least 0.")
+    asyncio.run(_require_free(options.host, options.port))
     with open_llm(options, options.max_num_seqs, options.enforce_eager) as llm:
         return asyncio.run(_serve(llm, key, options))
+
+
+async def _require_free(host: str, port: int) -> None:
+    """ValueError where nobody can listen there: told before the model is loaded, which takes minutes."""
+    try:
+        server = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port)
+    except (OSError, OverflowError) as error:
+        why = str(error).rstrip(".")
+        raise ValueError(
+            f"--host {host} --port {port} can't be used: {why}. Use another port; 0 takes a free one."
+        ) from error
+    server.close()
 
 
 async def _serve(llm: LLM, key: str | None, options: argparse.Namespace) -> int:

@@ -22,6 +22,9 @@ from retool import LLM, SamplingParams
 from retool.rl.server.dialects import mark_of
 from retool.serve import app
 from retool.serve.__main__ import main
+from retool.serve.completions import CompletionForm
+from retool.serve.engine_thread import Origin, Piece
+from retool.serve.shape import About
 from tests import warm
 from tests.llm.models import write_model
 from tests.serve.server import Served, serving
@@ -87,6 +90,16 @@ def test_completions_are_the_llms(server: Served, llm: LLM, client: Any) -> None
         assert tokens == output.outputs[0].token_ids
         offsets = [offset for choice in mine for offset in choice.logprobs.text_offset]
         assert offsets == sorted(offsets) and offsets[0] == 0
+
+
+def test_a_streams_prompt_comes_once(llm: LLM) -> None:
+    """With the first event of an answer, although that has no text yet."""
+    request = llm.text_request(TEXTS[0], SamplingParams())
+    origin = Origin("weights")
+    form = CompletionForm([request], llm.tokenizer, About("tiny", origin), True, False)
+    events = [form.grown(Piece(0, [5], [-1.0], text, None, origin)) for text in ("", "", "a")]
+    prompts = [event["choices"][0]["prompt_token_ids"] for event in events]
+    assert prompts == [request.ids, None, None]
 
 
 def test_chat_is_the_llms(llm: LLM, client: Any) -> None:
@@ -208,12 +221,19 @@ def wait_until(happened: Any) -> None:
         ("/v1/completions", {"prompt": "a", "top_k": -(2**70)}, 400, "no vocabulary is so large"),
         ("/v1/completions", {"prompt": "a", "temperature": 1e-38}, 400, "use 0, the likeliest"),
         ("/v1/completions", {"prompt": "a", "temperature": 1e300}, 400, "at most 1e+06"),
+        (
+            "/v1/completions",
+            {"prompt": "a", "temperature": 10**400},
+            400,
+            "temperature is too large",
+        ),
         ("/v1/completions", {"prompt": [1] * 700}, 400, "has 700 tokens"),
         ("/v1/completions", {"prompt": [10**6]}, 400, "token id 1,000,000"),
         ("/v1/completions", {"prompt": "a", "n": 100}, 429, "room for 64"),
         ("/v1/chat/completions", {}, 400, "messages is missing"),
         ("/v1/chat/completions", {"messages": [3]}, 400, "a message must be an object"),
         ("/v1/chat/completions", {"messages": [{"role": "x"}]}, 400, "message 0"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": 0}]}, 400, "not text"),
         (
             "/v1/chat/completions",
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
@@ -222,6 +242,12 @@ def wait_until(happened: Any) -> None:
         ),
         ("/v1/chat/completions", {"messages": MESSAGES, "tool_choice": "required"}, 400, "auto"),
         ("/v1/chat/completions", {"messages": MESSAGES, "tools": [5]}, 400, "a list of objects"),
+        (
+            "/v1/chat/completions",
+            {"messages": MESSAGES, "tools": [{"name": "f", "parameters": {"required": 5}}]},
+            400,
+            "parameters.required",
+        ),
         ("/v1/chat/completions", {"messages": MESSAGES, "top_logprobs": 2}, 400, "logprobs: true"),
         (
             "/v1/chat/completions",
@@ -407,6 +433,8 @@ def test_a_key(llm: LLM) -> None:
         wrong = {"Authorization": "Bearer other"}
         body = {"prompt": "a"}
         assert served.post("/v1/completions", body, headers=wrong).status_code == 401
+        no_text = {"Authorization": b"Bearer \xff"}
+        assert served.post("/v1/completions", body, headers=no_text).status_code == 401
         right = {"Authorization": "Bearer geheim"}
         assert served.post("/v1/completions", body, headers=right).status_code == 200
 
@@ -465,11 +493,16 @@ def test_the_command_answers_until_it_is_told_to_stop(folder: Path) -> None:
     [
         (["/nowhere"], "/nowhere"),
         (["{folder}", "--host", "0.0.0.0"], "RETOOL_API_KEY"),
+        (["--port", "{taken}", "/nowhere"], "can't be used: [Errno"),
+        (["--port", "99999", "/nowhere"], "must be 0-65535. Use another port"),
+        (["--max-queue", "-1", "/nowhere"], "at least 0"),
     ],
 )
 def test_the_command_says_what_is_wrong(
     folder: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [word.format(folder=folder) for word in words]
-    assert main([*words, "--device", "cpu"], "retool serve") == 1
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        words = [word.format(folder=folder, taken=port) for word in words]
+        assert main(["--port", "0", *words, "--device", "cpu"], "retool serve") == 1
     assert said in capsys.readouterr().err
