@@ -139,12 +139,3 @@ def gpu() -> str:
 def repository() -> Path:
     """The root of the repository."""
     return REPOSITORY
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Real data beside the repository; a clone elsewhere has none, and its tests skip."""
-    folder = REPOSITORY.parent / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip("no ../shared/data beside the repository")
-    return folder

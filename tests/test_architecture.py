@@ -312,3 +312,11 @@ def test_no_machine_and_no_registry_is_named() -> None:
         text = path.read_text(encoding="utf-8", errors="replace")
         found = named.search(text)
         assert found is None, f"{path.relative_to(ROOT)} names {found and found.group()}"
+
+
+def test_tests_do_without_what_a_clone_lacks() -> None:
+    """A test that reads the real data elsewhere fails where there is none; these skip."""
+    tests = ROOT / "tests"
+    place = re.compile("shared.{1,5}data")
+    reads = [path for path in tests.rglob("*.py") if place.search(path.read_text(encoding="utf-8"))]
+    assert reads == [tests / "real_data.py"]

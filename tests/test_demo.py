@@ -21,6 +21,7 @@ from retool.data.render.renderer import Renderer
 from retool.model.catalogue.families import read_model_config
 from retool.rl.__main__ import main as rl_main
 from retool.rl.agent.tools.load import load_tools
+from tests.real_data import real
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -74,11 +75,11 @@ def test_the_truth_is_what_the_program_prints():
         assert str(numbers[-1]) in question.expression
 
 
-def test_the_parquet_has_the_schema_of_real_tool_conversations(tmp_path, shared_data):
+def test_the_parquet_has_the_schema_of_real_tool_conversations(tmp_path):
     data.write_parquet(tmp_path / "train.parquet", data.make_problems(20, 1))
     ours = pq.read_schema(tmp_path / "train.parquet")
-    real = pq.read_schema(shared_data / "gsm8k-tool-sft/train.parquet")
-    assert {field.name: field.type for field in ours} == {field.name: field.type for field in real}
+    theirs = pq.read_schema(real("gsm8k-tool-sft/train.parquet"))
+    assert {f.name: f.type for f in ours} == {f.name: f.type for f in theirs}
 
 
 def test_rows_render_and_only_the_assistant_is_trained(tmp_path, folder, tokenizer):

@@ -23,8 +23,9 @@ from tests.checkpoint import states
 from tests.checkpoint.test_hf import gathered
 from tests.checkpoint.test_round_trip import saved
 from tests.ranks import run_ranks
+from tests.real_data import REAL
 
-SHARDS = Path(__file__).parents[3] / "shared" / "data" / "shards"
+SHARDS = REAL / "shards"
 FOLDERS = [f"torch{release}/w{world}" for release in ("2.8", "2.13") for world in (1, 2, 3, 4)]
 needs_shards = pytest.mark.skipif(not SHARDS.is_dir(), reason=f"{SHARDS} is not there")
 

@@ -17,8 +17,9 @@ from retool.parallel.fsdp.layout import make_layout
 from retool.parallel.mesh import make_mesh
 from tests.checkpoint.states import exported
 from tests.ranks import run_ranks
+from tests.real_data import REAL
 
-MODEL = Path(__file__).parents[3] / "shared" / "data" / "stories260k"
+MODEL = REAL / "stories260k"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1200),

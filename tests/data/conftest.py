@@ -1,6 +1,4 @@
-"""A tokenizer made on the spot, templates that behave as the well-known ones, and the shared data
-where it is there.
-"""
+"""A tokenizer made on the spot, and templates that behave as the well-known ones."""
 
 from pathlib import Path
 
@@ -10,9 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from retool.data.read.rows import to_conversation
 from retool.data.render.renderer import Renderer
 from retool.data.render.rendering import Rendering
+from tests.real_data import real
 
 HERE = Path(__file__).parent
-SHARED = HERE.parents[2] / "shared" / "data"
 SPECIALS = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -81,26 +79,9 @@ def renderer_of(tokenizer):
 
 @pytest.fixture(scope="session")
 def qwen_tokenizer():
-    return _shared_tokenizer()
-
-
-def _shared_tokenizer():
     from retool.data.tokens.load import load_tokenizer
 
-    return load_tokenizer(str(shared_path("qwen2.5-tokenizer")))
-
-
-def shared_path(name):
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"the shared data folder has no {name}")
-    return path
-
-
-@pytest.fixture(scope="session")
-def shared():
-    """The path of something in the shared data folder; skips where it isn't there."""
-    return shared_path
+    return load_tokenizer(str(real("qwen2.5-tokenizer")))
 
 
 def call(code, name="calculator"):

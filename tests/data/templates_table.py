@@ -5,13 +5,11 @@ refuse with a way out.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-FOLDER = Path(__file__).parents[3] / "shared" / "data" / "chat-templates"
 TOKEN = re.compile(
     r"<\|[\w▁]+\|>|<｜[\w▁]+｜>|\[/?[A-Z_]{3,}\]|<(?:start|end)_of_turn>|</?think>|</?tool_call>"
 )

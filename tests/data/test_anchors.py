@@ -24,6 +24,7 @@ from retool.data.render.rendering import Rendering
 from retool.data.tokens.load import load_tokenizer
 from tests.data.conftest import HERE, LINES, SPECIALS
 from tests.data.test_chat import check_replay
+from tests.real_data import real
 
 ANSWERS = ["answers", " answers", "\n\nThe user asks", "The assistant, so:\n  is", "12", ""]
 DECODER = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -86,10 +87,7 @@ def prefixing():
 
 def stories():
     """A real one, of a tiny model."""
-    path = HERE.parents[2] / "shared" / "data" / "stories260k"
-    if not path.exists():
-        pytest.skip("the shared data folder has no stories260k")
-    tokenizer = load_tokenizer(str(path))
+    tokenizer = load_tokenizer(str(real("stories260k")))
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
     tokenizer.eos_token = "<|im_end|>"
     return tokenizer

@@ -16,6 +16,7 @@ from retool.data.read.rows import to_conversation
 from retool.data.render.renderer import Renderer
 from retool.data.render.rendering import Rendering
 from retool.data.tokens.load import load_tokenizer
+from tests.real_data import real
 
 TEMPLATES = ("chatml", "smollm2", "qwen3", "llama3", "hermes")
 
@@ -62,11 +63,11 @@ def replay(renderer, conversation):
     return stream, mask
 
 
-def test_goldens_differ_only_by_the_two_newlines(shared, qwen_tokenizer):
+def test_goldens_differ_only_by_the_two_newlines(qwen_tokenizer):
     renderer = Renderer(qwen_tokenizer)
     newline = qwen_tokenizer.encode("\n")
     differing = 0
-    for line in shared("goldens/qwen2_5_chat_template_goldens.jsonl").read_text().splitlines():
+    for line in real("goldens/qwen2_5_chat_template_goldens.jsonl").read_text().splitlines():
         golden = json.loads(line)
         conversation = to_conversation(golden, golden["source"], 0, prompt_only=True)
         assert renderer.text(conversation.messages, conversation.tools) == golden["text"]
@@ -93,9 +94,9 @@ def check_replay(renderer, conversation):
     return sample
 
 
-def test_gsm8k_rows_replay_as_rollouts(shared, qwen_tokenizer):
+def test_gsm8k_rows_replay_as_rollouts(qwen_tokenizer):
     renderer = Renderer(qwen_tokenizer)
-    for chunk in iter_chunks([str(shared("gsm8k-tool-sft/test.parquet"))], limit=1300):
+    for chunk in iter_chunks([str(real("gsm8k-tool-sft/test.parquet"))], limit=1300):
         for index, row in chunk:
             if index % 50 == 0:
                 sample = check_replay(renderer, to_conversation(row, chunk.file, index))
@@ -103,11 +104,11 @@ def test_gsm8k_rows_replay_as_rollouts(shared, qwen_tokenizer):
 
 
 @pytest.mark.slow
-def test_every_gsm8k_training_row(shared, qwen_tokenizer):
+def test_every_gsm8k_training_row(qwen_tokenizer):
     renderer = Renderer(qwen_tokenizer)
     rows = 0
     one_pass_differs = 0
-    for chunk in iter_chunks([str(shared("gsm8k-tool-sft/train.parquet"))]):
+    for chunk in iter_chunks([str(real("gsm8k-tool-sft/train.parquet"))]):
         for index, row in chunk:
             conversation = to_conversation(row, chunk.file, index)
             sample = check_replay(renderer, conversation)

@@ -20,7 +20,8 @@ from retool.data.render.rendering import Rendering
 from retool.data.template.choose import exported_template, shows_contents_as_they_are
 from retool.sft.config import SYNONYMS, SFTConfig
 from retool.sft.preflight import audit_command, rendering_of, row_format
-from tests.data.templates_table import CONVERSATIONS, FOLDER, call, said, small_tokenizer, tool
+from tests.data.templates_table import CONVERSATIONS, call, said, small_tokenizer, tool
+from tests.real_data import real_template
 
 CHATML = """{%- for m in messages -%}
 {{- '<|im_start|>' + m.role + '\\n' -}}
@@ -295,13 +296,6 @@ def test_a_token_that_closes_each_call_ends_no_turn():
 
 # -- templates
 # --------------------------------------------------------------------------------------------------------
-
-
-def real_template(name: str) -> str:
-    path = FOLDER / f"{name}.jinja"
-    if not path.exists():
-        pytest.skip("the shared data folder has no chat-templates")
-    return path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["tool call", "parallel calls", "plain chat"])

@@ -20,6 +20,7 @@ from retool.data.template.dates import (
     fix_date,
     with_date,
 )
+from tests.real_data import real_template
 
 DAY = "2024-03-05"
 ASKS = (
@@ -74,12 +75,9 @@ def test_every_directive_is_shown_as_the_clock_shows_it(
 
 @pytest.mark.parametrize("name", ASKS)
 def test_well_known_templates_show_the_day_of_the_run(
-    shared_data: Path, tokenizer: Any, name: str, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = shared_data / "chat-templates" / f"{name}.jinja"
-    if not path.is_file():
-        pytest.skip(f"no {path.name} in ../shared/data/chat-templates")
-    template = path.read_text()
+    template = real_template(name)
     assert asks_for_date(template) and shown(tokenizer, with_date(template, DAY)) == by_the_clock(
         tokenizer, template, monkeypatch
     )

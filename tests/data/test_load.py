@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from retool.data.tokens.load import load_tokenizer, other_tokens
 from tests import warm
+from tests.real_data import real
 
 
 @pytest.fixture
@@ -44,8 +45,8 @@ def test_another_splitting_is_said_and_can_be_mended(folder: Path) -> None:
     assert not list(other_tokens(load_tokenizer(str(folder)), folder))
 
 
-def test_the_same_splitting_is_not(shared_data: Path) -> None:
-    folder = shared_data / "qwen2.5-tokenizer"
+def test_the_same_splitting_is_not() -> None:
+    folder = real("qwen2.5-tokenizer")
     assert not list(other_tokens(load_tokenizer(str(folder)), folder))
 
 

@@ -26,6 +26,7 @@ from retool.data.packing import Budget, Packing
 from retool.data.read.row_format import RowFormat
 from retool.data.read.source import RowSource
 from retool.data.tokenise import LengthLimit
+from tests.real_data import real
 
 
 def answer(words, **extra):
@@ -601,11 +602,11 @@ def _counting(calls):
 
 
 @pytest.mark.slow
-def test_all_of_gsm8k(shared, qwen_tokenizer, tmp_path):
+def test_all_of_gsm8k(qwen_tokenizer, tmp_path):
     from retool.data.render.renderer import Renderer
 
     dataset, report = open_dataset(
-        RowSource(str(shared("gsm8k-tool-sft/train.parquet"))),
+        RowSource(str(real("gsm8k-tool-sft/train.parquet"))),
         Renderer(qwen_tokenizer),
         LengthLimit(max_length=16384),
         cache_dir=tmp_path,

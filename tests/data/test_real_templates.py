@@ -16,9 +16,9 @@ from retool.data.read.rows import Conversation, to_conversation
 from retool.data.render.renderer import Renderer
 from retool.data.render.rendering import Rendering
 from retool.data.tokens.encoder import Piece
-from tests.data.templates_table import CONVERSATIONS, FOLDER, small_tokenizer
+from tests.data.templates_table import CONVERSATIONS, small_tokenizer
+from tests.real_data import TEMPLATES, real_template
 
-NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja")) or ["none"]
 Samples = list[list[Piece]]
 
 
@@ -29,7 +29,7 @@ def renderer_with():
     def make(name: str, **settings: Any) -> Renderer:
         key = f"{name} {sorted(settings.items())}"
         if key not in made:
-            template = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+            template = real_template(name)
             made[key] = Renderer(small_tokenizer(name, template), Rendering(**settings))
         return made[key]
 
@@ -142,10 +142,8 @@ def take(renderer_with: Any, name: str, way: dict[str, str], conversation: Conve
         check_contexts(renderer, samples, conversation)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_every_word_is_trained_or_the_row_refused_with_a_way_out(name, renderer_with):
-    if name == "none":
-        pytest.skip("the shared data folder has no chat-templates")
     found = []
     for row in CONVERSATIONS.values():
         conversation = to_conversation(row, "rows.jsonl", 7)

@@ -20,8 +20,8 @@ from retool.model.build import ModelOptions
 from retool.model.catalogue.families import read_model_config
 from tests.engine.models import CPU, engine_of, forced, leaked, load, prompts, run
 from tests.model.tiny import FAMILIES, make
+from tests.real_data import real
 
-STORIES = Path(__file__).parents[3] / "shared" / "data" / "stories260k"
 GREEDY = SamplingParams(max_tokens=24, temperature=0)
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -83,12 +83,12 @@ def test_greedy_equals_transformers_generate(
         assert leaked(engine) == 0
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason="needs the stories260k weights in ../shared/data")
 def test_stories260k_tells_its_published_story() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    folder = real("stories260k")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer("Once upon a time").input_ids
-    reference = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
-    engine = engine_of(STORIES, load(STORIES))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    engine = engine_of(folder, load(folder))
     engine.start("story", prompt, SamplingParams(max_tokens=200, temperature=0))
     story = run(engine)["story"].tokens
     assert story == generated(reference, prompt, 200)

@@ -131,7 +131,10 @@ def started(launchers: Path, machine: Mapping[str, str]) -> subprocess.Popen[byt
     """ssh.sh in a group of its own, once both torchruns are there."""
     places = {"HOSTS": "10.0.0.1 10.0.0.2", "STAYS": "yes"}
     script = subprocess.Popen(
-        ["bash", launchers / "ssh.sh", *COMMAND], env={**machine, **places}, process_group=0
+        # Where the tests run in a shell's background they ignore Ctrl-C, and so would what they start
+        ["env", "--default-signal=INT", "bash", launchers / "ssh.sh", *COMMAND],
+        env={**machine, **places},
+        process_group=0,
     )
     end = time.monotonic() + 30
     while len(list(Path(machine["SAID"]).glob("words.*"))) < 2 and time.monotonic() < end:

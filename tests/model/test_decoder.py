@@ -19,8 +19,7 @@ from retool.model.build import ModelOptions
 from retool.model.catalogue.families import parse_model_config, read_model_config
 from retool.parallel.mesh import make_mesh
 from tests.model.tiny import FAMILIES, SHAPE, make, stored_gradients
-
-STORIES = Path(__file__).parents[3] / "shared" / "data" / "stories260k"
+from tests.real_data import real
 
 
 def sample(rng: np.random.Generator, n: int, vocab: int = SHAPE["vocab_size"]) -> Sample:
@@ -131,12 +130,12 @@ def test_packed_equals_one_by_one(tmp_path: Path) -> None:
     assert relative(packed, alone) < 1e-14
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason="needs the stories260k weights in ../shared/data")
 def test_stories260k_tells_its_published_story() -> None:
-    sharded = load_pretrained(STORIES, make_mesh())
-    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    folder = real("stories260k")
+    sharded = load_pretrained(folder, make_mesh())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer("Once upon a time").input_ids
-    reference = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(120):

@@ -18,6 +18,7 @@ from retool.rl.config.data import ANSWER_FORMAT
 from retool.rl.data import PromptOptions, load_prompts, prompts_at, read_questions
 from retool.rl.reward.calling import Asked
 from retool.rl.reward.score import score_answer
+from tests.real_data import real
 from tests.rl.conftest import make_prompt, make_trajectory
 
 OPTIONS = PromptOptions(answer_format=ANSWER_FORMAT)
@@ -310,11 +311,9 @@ def test_the_stream_of_prompts_covers_each_epoch_once() -> None:
         ("gsm8k/train_verl.parquet", 40, "openai/gsm8k"),
     ],
 )
-def test_real_files(shared_data, qwen_tokenizer, file, rows, source) -> None:
+def test_real_files(qwen_tokenizer, file, rows, source) -> None:
     options = PromptOptions(answer_format=ANSWER_FORMAT, max_samples=rows)
-    prompts, said = load_prompts(
-        [str(shared_data / file)], Renderer(qwen_tokenizer), [SCHEMA], options
-    )
+    prompts, said = load_prompts([str(real(file))], Renderer(qwen_tokenizer), [SCHEMA], options)
     assert len(prompts) + said.overlong == rows and set(said.sources) == {source}
     text = qwen_tokenizer.decode(prompts[0].ids)
     assert (

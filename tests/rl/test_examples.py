@@ -18,6 +18,7 @@ from retool.metrics import read_jsonl
 from retool.rl.__main__ import main
 from retool.rl.agent.tools.load import load_tools
 from tests import warm
+from tests.real_data import real
 from tests.rl.test_command import ARR, words
 from tests.rl.test_config import PUBLISHED
 
@@ -125,10 +126,8 @@ def test_custom_data_reward_and_tool_in_one_run(work, tmp_path, monkeypatch) -> 
     assert entry["critic/score/min"] == -0.5 and entry["reward/exceptions"] == 0
 
 
-def test_recipe_reads_both_schemas(shared_data, tmp_path) -> None:
-    first = next(
-        iter(CustomRLHFDataset(str(shared_data / "dapo-math-17k" / "dapo_math_17k.parquet")))
-    )
+def test_recipe_reads_both_schemas(tmp_path) -> None:
+    first = next(iter(CustomRLHFDataset(str(real("dapo-math-17k/dapo_math_17k.parquet")))))
     assert first["reward_model"] == {"ground_truth": "34"} and first["prompt"][0][
         "content"
     ].endswith("goes here.'}")

@@ -29,7 +29,8 @@ from retool.talk.dialogue import Dialogue, converse
 from retool.talk.lines import read_message
 from retool.talk.screen import TerminalScreen
 from retool.talk.session import Session
-from tests.data.templates_table import FOLDER, small_tokenizer
+from tests.data.templates_table import small_tokenizer
+from tests.real_data import real_template
 
 CALL = '<tool_call>\n{"name": "code_interpreter", "arguments": {"code": "x = 6\\nprint(x * 7)"}}\n</tool_call>'
 END = "<|im_end|>"
@@ -367,8 +368,7 @@ def test_the_next_question_shows_calls_as_their_template_does(name: str, said: s
     """A call that was read in the template's own format is kept in its fields, with the id that
     Mistral's templates ask for.
     """
-    template = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
-    renderer = Renderer(small_tokenizer(name, template), Rendering())
+    renderer = Renderer(small_tokenizer(name, real_template(name)), Rendering())
     schema = {"type": "function", "function": {"name": "add", "description": "Adds."}}
     tool = SimpleNamespace(name="add", schema=schema)
     llm = SimpleNamespace(renderer=renderer, max_model_len=100, eos_ids=())

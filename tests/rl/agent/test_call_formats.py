@@ -23,9 +23,9 @@ from retool.rl.agent.reading.call import Call, with_ids
 from retool.rl.agent.reading.form import MAX_CALLS_READ, before_calls, read_calls
 from retool.rl.agent.tools.protocol import ToolResult
 from retool.rl.types import Prompt, Stop
-from tests.data.templates_table import FOLDER, small_tokenizer
+from tests.data.templates_table import small_tokenizer
+from tests.real_data import TEMPLATES, real_template
 
-NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja")) or ["none"]
 # (the format in which the template shows a call, the one that is chosen); templates that fit no
 # renderer of ours aren't here.
 CHOSEN = {
@@ -102,7 +102,7 @@ def renderer_with():
 
     def make(name: str) -> Renderer:
         if name not in made:
-            template = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+            template = real_template(name)
             tokenizer = small_tokenizer(name, template)
             tokenizer.add_tokens(MODEL_TOKENS.get(name, []), special_tokens=True)
             made[name] = Renderer(tokenizer, Rendering())
@@ -123,7 +123,7 @@ def turn_of(renderer: Renderer, message: dict[str, Any]) -> str:
     return turn[: min(places)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_the_format_that_a_template_wants(name: str, renderer_with) -> None:
     if name not in CHOSEN:
         with pytest.raises(ValueError, match="chat template"):

@@ -14,6 +14,7 @@ from retool.rl.agent.formats.table import FORMATS
 from retool.rl.agent.reading.call import Call, check
 from retool.rl.agent.reading.form import MAX_CALLS_READ, read_calls
 from retool.rl.agent.tools.interpreter import SCHEMA
+from tests.real_data import real
 
 parse_hermes = partial(read_calls, HERMES)
 parse_code_block = partial(read_calls, CODE_BLOCK)
@@ -25,12 +26,10 @@ LOOKUP = {
 }
 
 
-def test_published_cases(shared_data) -> None:
+def test_published_cases() -> None:
     cases = [
         json.loads(line)
-        for line in (shared_data / "goldens" / "hermes_tool_parser_cases.jsonl")
-        .read_text()
-        .splitlines()
+        for line in real("goldens/hermes_tool_parser_cases.jsonl").read_text().splitlines()
     ]
     assert len(cases) == 5
     for case in cases:

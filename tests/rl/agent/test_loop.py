@@ -24,6 +24,7 @@ from retool.rl.agent.tools.protocol import ToolResult
 from retool.rl.agent.truncation import cut_text
 from retool.rl.types import Prompt, Stop
 from tests.data.conftest import TOOLS
+from tests.real_data import real
 
 OPTIONS = AgentOptions(max_response_length=10_000, max_parallel_calls=8)
 
@@ -179,11 +180,11 @@ def test_a_training_conversation_replayed_gives_the_same_stream_and_mask(
     ) == (3 if tool.calls else 0)
 
 
-def test_real_conversations_replayed(shared_data, qwen_tokenizer) -> None:
+def test_real_conversations_replayed(qwen_tokenizer) -> None:
     import pyarrow.parquet as pq
 
     renderer = Renderer(qwen_tokenizer)
-    rows = pq.read_table(shared_data / "gsm8k-tool-sft" / "test.parquet").slice(0, 25).to_pylist()
+    rows = pq.read_table(real("gsm8k-tool-sft/test.parquet")).slice(0, 25).to_pylist()
     for row in rows:
         checked = to_conversation(row, "rows", 0)
         pieces = renderer.pieces(checked)[0]

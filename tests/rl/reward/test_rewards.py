@@ -44,6 +44,7 @@ from retool.rl.reward.score import check_score, score_answer
 from retool.rl.reward.source import RewardSource, find_reward
 from retool.rl.types import Scored, Stop
 from tests.ranks import run_ranks
+from tests.real_data import real
 from tests.rl.conftest import judged_by, make_prompt, make_trajectory
 
 HERE = str(Path(__file__).with_name("reward_functions.py"))
@@ -100,10 +101,10 @@ def test_retool_by_hand(solution, turns, recipe, lenient) -> None:
         )
 
 
-def test_math_agrees_with_the_published_cases(shared_data) -> None:
+def test_math_agrees_with_the_published_cases() -> None:
     cases = [
         json.loads(line)
-        for line in (shared_data / "goldens" / "math_verify_cases.jsonl").read_text().splitlines()
+        for line in real("goldens/math_verify_cases.jsonl").read_text().splitlines()
     ]
     assert len(cases) == 140
     wrong = []
