@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -64,6 +65,9 @@ def read(
             else:
                 value = OmegaConf.select(node, leaf.key, throw_on_missing=True)
                 faults += _value_faults(leaf, value)
+                # A shell doesn't expand it behind `key=`, and a folder called ~ is a trap
+                if isinstance(value, str) and value.startswith("~/"):
+                    _put(node, leaf.key, os.path.expanduser(value))
         except OmegaConfBaseException as error:  # an interpolation that leads nowhere
             problem = str(error).splitlines()[0] + "."
             way_out = "Interpolate a key that exists: ${trainer.project_name}."

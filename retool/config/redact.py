@@ -52,7 +52,7 @@ TEXT_TOKENS = frozenset(
 # Says something about a secret, and isn't one
 ABOUT = frozenset(
     "file path dir directory folder socket sock host port helper provider env name length len size count "
-    "type kind field column policy "
+    "type kind field column policy error exception "
     "required".split()
 )
 # The thing itself, said once more

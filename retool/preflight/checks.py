@@ -85,7 +85,11 @@ def check_run(report: R, box: Box, environment: Mapping[str, str]) -> R:
         if compiles == "auto" and (trainer.device == "cpu" or isinstance(model, BorrowedConfig)):
             compiles = False
         faults += check_compiler(compiles, options.model_key)
-    faults += check_output(folder, checkpoint_bytes(report) if options.saves else 0.0)
+    # As it was given: a Path has one slash where an address has two
+    if "://" in trainer.default_local_dir:
+        faults.append(_no_folder(trainer.default_local_dir))
+    else:
+        faults += check_output(folder, checkpoint_bytes(report) if options.saves else 0.0)
     faults += check_run_folder(folder)
     faults += check_store(trainer.default_hdfs_dir, "trainer.default_hdfs_dir")
     if model is not None and not box.elsewhere:
@@ -93,6 +97,14 @@ def check_run(report: R, box: Box, environment: Mapping[str, str]) -> R:
         keys = [f"{options.fsdp_key}{kind}=true" for kind in kinds if getattr(options.fsdp, kind)]
         faults += check_host_memory(host_bytes(report), " ".join(keys))
     return report.blame(*faults)
+
+
+def _no_folder(address: str) -> Fault:
+    return Fault(
+        f"trainer.default_local_dir={address}",
+        "is an address, and a run writes to a disk.",
+        "Give a folder; trainer.default_hdfs_dir takes the address that checkpoints are copied to.",
+    )
 
 
 def check_run_folder(folder: Path) -> Iterator[Fault]:
@@ -111,13 +123,13 @@ def check_run_folder(folder: Path) -> Iterator[Fault]:
             f"holds {names} of another user, which this one may not read.",
             f"{another}, or make them yours (chown).",
         )
-    if STEP.fullmatch(folder.name) and folder.is_dir():
+    if STEP.fullmatch(folder.name) and os.path.isdir(folder):
         yield Fault(
             where,
             "is a checkpoint, not a run's folder.",
             f"{another}; to go on from it, {folder.parent}.",
         )
-    elif (folder / "config.json").is_file():
+    elif os.path.isfile(folder / "config.json"):
         yield Fault(where, "is a model's folder: a run would write among its files.", f"{another}.")
 
 

@@ -7,6 +7,7 @@ behind.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -130,7 +131,14 @@ def check_output(
     if not existing.is_dir():
         yield Fault(where, f"{existing} is a file, not a folder.", f"Choose another {key}.")
         return
+    for path in (folder, *folder.parents):
+        if os.path.islink(path) and not os.path.exists(path):
+            problem = f"{path} is a link to {os.readlink(path)}, which isn't there."
+            yield Fault(where, problem, f"Mount or make that, or choose another {key}.")
+            return
     try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(folder)  # tells a name that is too long
         # Tried, not asked: permission bits don't tell of read-only mounts, quotas and network
         # disks.
         with tempfile.TemporaryFile(dir=existing):

@@ -222,6 +222,15 @@ def test_values(word: str, key: str, value: object) -> None:
     assert got == value and type(got) is type(value)
 
 
+def test_a_path_at_home_is_no_folder_called_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["trainer.default_local_dir=~/runs/a", "trainer.project_name=~me"]
+    parsed = read(SFTConfig, words, options={"data.cache_dir": "~/cache"})
+    assert parsed.config.trainer.default_local_dir == "/home/me/runs/a"
+    assert parsed.config.data.cache_dir == "/home/me/cache"
+    assert parsed.config.trainer.project_name == "~me"
+
+
 def test_every_synonym_leads_to_a_key() -> None:
     keys = {leaf.key for leaf in leaves(SFTConfig)}
     assert set(SYNONYMS.values()) <= keys and not set(SYNONYMS) & keys

@@ -125,6 +125,8 @@ ORDINARY: dict[str, Any] = {
     "tokens": 5,
     "max_tokens": 512,
     "eos_token": "<|im_end|>",
+    "NoCredentialsError": "Unable",
+    "InvalidTokenException": "at 12345678abcdefgh",
     "pad_token_id": 151643,
     "train/global_tokens": 7.0,
     "reward_fn_key": "data_source",

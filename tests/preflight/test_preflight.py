@@ -391,6 +391,21 @@ JSONL = "data.train_files={root}/train.jsonl"
             ["trainer.default_local_dir=/proc/no/such", "can't be written"],
         ),
         (
+            lambda r: (r / "disk").symlink_to("unmounted"),
+            ["trainer.default_local_dir={root}/disk/run"],
+            ["disk is a link to unmounted, which isn't there", "Mount or make that"],
+        ),
+        (
+            lambda r: None,
+            ["trainer.default_local_dir={root}/" + "x" * 256],
+            ["can't be written: File name too long", "Choose another"],
+        ),
+        (
+            lambda r: None,
+            ["trainer.default_local_dir=s3://bucket/run"],
+            ["=s3://bucket/run", "is an address", "trainer.default_hdfs_dir takes"],
+        ),
+        (
             lambda r: None,
             ["ulysses_sequence_parallel_size=2"],
             ["does not fit 1 process", "or start 2: torchrun --nproc_per_node=2"],

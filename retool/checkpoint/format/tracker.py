@@ -26,7 +26,7 @@ def checkpoints(root: Path) -> Iterator[tuple[int, Path]]:
     """Every finished folder under `root`: (step, path), newest first."""
     found = (
         [(int(m[1]), p) for p in root.iterdir() if (m := STEP.fullmatch(p.name)) and p.is_dir()]
-        if root.is_dir()
+        if os.path.isdir(root)  # not Path.is_dir, which raises for a name that is too long
         else []
     )
     yield from sorted(found, reverse=True)
@@ -38,7 +38,7 @@ def set_aside(root: Path) -> list[tuple[int, Path]]:
 
     A save or a conversion was cut off between the two renames by which it replaces one.
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):
         return []
     found: list[tuple[int, Path]] = []
     for path in root.glob("global_step_*.old"):
@@ -55,7 +55,7 @@ def candidates(root: Path, say: bool = True) -> list[Path]:
     Torn saves, and folders that the tracker doesn't know yet, are left out; `say`: with a warning.
     """
     passed_over: list[str] = []
-    for torn in sorted(root.glob("global_step_*.tmp")) if root.is_dir() else []:
+    for torn in sorted(root.glob("global_step_*.tmp")) if os.path.isdir(root) else []:
         passed_over.append(f"{torn} is an unfinished save")
     named = tracked(root)
     found = list(checkpoints(root))
