@@ -48,7 +48,7 @@ async def _whole(engine: EngineThread, ticket: Ticket, asked: Question) -> web.R
 
 
 async def _next(ticket: Ticket) -> Piece:
-    piece = await ticket.pieces.get()
+    piece = await ticket.next()
     if piece is None:
         raise Refusal(500, ENGINE_FAILED)
     return piece

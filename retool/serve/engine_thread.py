@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TypeVar
@@ -25,6 +25,7 @@ from retool.serve.errors import Refusal
 
 T = TypeVar("T")
 Command = Callable[[], None]
+MOST_WAITING = 64  # pieces of a request, before those of an answer become one
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,38 @@ class Piece:
 @dataclass(eq=False)
 class Ticket:
     """A request's answers while they are sampled. `streams`: pieces come as they grow, and not only
-    the last ones. None among the pieces: the engine failed. `origins`: the weights that sampled, in
-    order; the thread's alone until all answers are done.
+    the last ones. `origins`: the weights that sampled, in order; the thread's alone until all answers
+    are done.
     """
 
     answers: list[Answer]
     streams: bool
-    pieces: asyncio.Queue[Piece | None] = field(default_factory=asyncio.Queue)
     open: int = 0  # answers that aren't done
     origins: list[Origin] = field(default_factory=list)
+    _waiting: asyncio.Queue[list[Piece]] = field(default_factory=asyncio.Queue)
+    _last: dict[int, list[Piece]] = field(default_factory=dict)  # that waits of each answer
+
+    def grow(self, piece: Piece) -> None:
+        """Have a piece wait. Where a client doesn't read, those of an answer become one: each has all
+        of its text.
+        """
+        last = self._last.get(piece.number)
+        if not last or self._waiting.qsize() < MOST_WAITING:
+            self._last[piece.number] = [piece]
+            self._waiting.put_nowait(self._last[piece.number])
+            return
+        before = last[0]
+        last[0] = replace(piece, ids=before.ids + piece.ids, logp=before.logp + piece.logp)
+
+    def fail(self) -> None:
+        """No more pieces come."""
+        self._waiting.put_nowait([])
+
+    async def next(self) -> Piece | None:
+        """What an answer grew by; None: the engine failed."""
+        waiting = await self._waiting.get()
+        # Taken out, so that nothing more is added to it
+        return waiting.pop() if waiting else None
 
     @property
     def origin(self) -> Origin:
@@ -251,10 +275,10 @@ class EngineThread:
             if piece.answer is not None:
                 ticket.open -= 1
                 self.counts.sampled_tokens += len(piece.answer.ids)
-            ticket.pieces.put_nowait(piece)
+            ticket.grow(piece)
 
     def _fail(self, error: BaseException) -> None:
         self.failure = error
         for ticket in self.tickets:
-            ticket.pieces.put_nowait(None)
+            ticket.fail()
         self._on_failure()

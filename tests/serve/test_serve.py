@@ -4,6 +4,7 @@ leave do no harm.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -23,7 +24,7 @@ from retool.rl.server.dialects import mark_of
 from retool.serve import app
 from retool.serve.__main__ import main
 from retool.serve.completions import CompletionForm
-from retool.serve.engine_thread import Origin, Piece
+from retool.serve.engine_thread import MOST_WAITING, Origin, Piece, Ticket
 from retool.serve.shape import About
 from tests import warm
 from tests.llm.models import write_model
@@ -100,6 +101,31 @@ def test_a_streams_prompt_comes_once(llm: LLM) -> None:
     events = [form.grown(Piece(0, [5], [-1.0], text, None, origin)) for text in ("", "", "a")]
     prompts = [event["choices"][0]["prompt_token_ids"] for event in events]
     assert prompts == [request.ids, None, None]
+
+
+def test_what_a_client_doesnt_read_becomes_one_piece() -> None:
+    """Each has all of the text so far: thousands of them took gigabytes."""
+    origin = Origin("weights")
+
+    async def read() -> tuple[list[Piece], Piece | None]:
+        ticket = Ticket([], streams=True)
+        pieces = []
+        for count in range(1, 500):
+            for number in (0, 1):
+                ticket.grow(Piece(number, [count], [-count], "a" * count, None, origin))
+            if count == 300:
+                pieces += [await ticket.next() for _ in range(40)]
+        pieces += [await ticket.next() for _ in range(ticket._waiting.qsize())]
+        ticket.fail()
+        return pieces, await ticket.next()
+
+    pieces, end = asyncio.run(read())
+    assert len(pieces) <= MOST_WAITING + 40 and end is None
+    for number in (0, 1):
+        mine = [piece for piece in pieces if piece.number == number]
+        tokens = [token for piece in mine for token in piece.ids]
+        assert tokens == [*range(1, 500)] and [-x for piece in mine for x in piece.logp] == tokens
+        assert [len(piece.text) for piece in mine] == [piece.ids[-1] for piece in mine]
 
 
 def test_chat_is_the_llms(llm: LLM, client: Any) -> None:
