@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -206,6 +207,30 @@ def test_a_launcher_that_ends_without_a_traceback(
     assert arguments.training_script_args == ["data.train_files=x", "--check"]
     assert capfd.readouterr().err == said
     assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_options_that_torchrun_refuses_are_named_in_a_line(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["sft", "--nproc_per_node=many", "data.train_files=x"]) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: the launcher ended (ValueError: ") and "value: many" in line
+    assert line.endswith("Check torchrun's options: --nproc_per_node=many")
+
+
+def test_a_port_that_is_taken_is_told_with_the_way_out(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert main(["sft", "--nproc_per_node=1", f"--master_port={port}"]) == 1
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: MASTER_PORT={port}: is taken by another process") and (
+        "Choose another --master_port" in said
+    )
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ def describe(error: BaseException) -> str:
     """An error in one line."""
     if lost_peer(error):
         return "another rank is gone"
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0].removesuffix(":")
 
 
 def all_or_none(rank: int, group: dist.ProcessGroup | None, action: Callable[[], T]) -> T:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from retool.config.elsewhere import FLAGS, LAUNCHERS, plain
+from retool.parallel.agreement import describe
 from retool.parallel.meeting import OWN_STORES
 
 SEVERAL_MACHINES = ("nnodes", "rdzv_endpoint", "rdzv_backend", "master_addr", "master_port")
@@ -39,7 +40,7 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def launch(module: str, options: Sequence[str], words: Sequence[str]) -> int:
     """Run `python -m module words` in as many processes as torchrun's `options` say: the exit status
-    of the first that failed, or 0.
+    of the first that failed, or 0. Where torchrun's own code fails, that is said in a line, and it is 1.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun sets it, with a warning
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -58,9 +59,23 @@ def launch(module: str, options: Sequence[str], words: Sequence[str]) -> int:
         return _status(*error.get_first_failure())
     except SignalException as error:
         return 128 + int(error.sigval)
+    except Exception as error:  # of what the options ask for, each part of it raises its own kind
+        print(f"error: {_problem(error, arguments, options)}", file=sys.stderr)
+        return 1
     finally:
         logging.disable(logging.NOTSET)
     return 0
+
+
+def _problem(error: Exception, arguments: Any, options: Sequence[str]) -> str:
+    """Why torchrun's own code ended, and the way out."""
+    if "EADDRINUSE" in str(error):
+        return (
+            f"MASTER_PORT={arguments.master_port}: is taken by another process on this machine. Choose "
+            "another --master_port, or --standalone on one machine."
+        )
+    given = " ".join(options)
+    return f"the launcher ended ({describe(error)}). Check torchrun's options: {given}"
 
 
 def _starts_again(option: str) -> bool:
