@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -41,6 +42,18 @@ def _reader_is_gone() -> bool:
     watch = select.poll()
     watch.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in watch.poll(0))
+
+
+def in_own_words(error: Exception, words: Mapping[str, str]) -> str:
+    """What an error says where a command has `words` of its own for keys of a run, or for sentences
+    about them: it reads data and templates as a run does, and there the faults are found.
+    """
+    told = str(error)
+    for theirs, own in words.items():
+        # Not within a longer name, or a path
+        before = r"(?<![\w./-])" if theirs[0].isalpha() else ""
+        told = re.sub(rf"{before}{re.escape(theirs)}(?!\w|/|\.\w)", own, told)
+    return told
 
 
 def topics_of(words: Sequence[str]) -> list[str]:

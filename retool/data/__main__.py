@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from retool.config.command import exit_status
+from retool.config.command import exit_status, in_own_words
 from retool.data.audit.audit import audit, count_rows
 from retool.data.audit.page import page
 from retool.data.audit.terminal import RowProgress, clean, show_audit
@@ -33,6 +33,21 @@ EXAMPLE = (
     "example: python -m retool.data audit train.parquet --model Qwen/Qwen2.5-0.5B-Instruct "
     "--max-length 16384 --html audit.html"
 )
+# What a run's keys are called here, in errors
+OPTIONS = {
+    "data.chat_template": "--chat-template",
+    "data.custom_cls.path, name": "--rows",
+    "data.format": "--format",
+    "data.max_length": "--max-length",
+    "data.multiturn.enable_thinking_key": "--enable-thinking-key",
+    "data.multiturn.messages_key": "--messages-key",
+    "data.multiturn.tools_key": "--tools-key",
+    "data.name": "--name",
+    "data.num_workers": "--num-workers",
+    "data.prompt_key": "--prompt-key",
+    "data.response_key": "--response-key",
+    "model.trust_remote_code=true": "--trust-remote-code",
+}
 
 
 def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
@@ -165,7 +180,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     try:
         return _audit(options)
     except (ValueError, OSError) as error:
-        print(f"audit: {clean(str(error))}", file=sys.stderr)
+        print(f"audit: {clean(in_own_words(error, OPTIONS))}", file=sys.stderr)
         return 2
 
 

@@ -16,6 +16,7 @@ from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.data.read.rows import to_conversation
 from retool.data.render.renderer import Renderer, make_renderer
 from retool.data.render.rendering import Rendering
+from retool.data.template.choose import chosen_template
 from retool.data.tokens.load import load_tokenizer
 from retool.data.tool_schema import schema_of
 from retool.engine import Engine, EngineOptions
@@ -73,6 +74,8 @@ class LLM:
         self.seed = seed
         self.tokenizer: Any = load_tokenizer(str(self.folder), trust_remote_code)
         self._rendering = Rendering(chat_template=chat_template)
+        if chat_template is not None:
+            chosen_template(chat_template, self.tokenizer)  # told now, not at the first chat
         self.eos_ids = eos_ids(self.folder)
         self._calls = 0
         self._under_way: dict[Hashable, Answer] = {}  # of streams that are being read, too

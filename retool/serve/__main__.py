@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from retool.config.command import calm_threads, exit_status
+from retool.config.command import calm_threads, exit_status, in_own_words
 from retool.rl.agent.formats.table import AUTO, FORMATS
-from retool.talk.options import add_loading_options, add_max_num_seqs, add_model
+from retool.talk.options import OWN_WORDS, add_loading_options, add_max_num_seqs, add_model
 
 EPILOG = """Routes: /v1/models, /v1/completions, /v1/chat/completions, /health, /metrics; and what RL asks of a
 server, in vLLM's words and in SGLang's: /collective_rpc, /generate, /update_weights_from_disk.
@@ -90,7 +90,7 @@ def main(words: Sequence[str], program: str = "python -m retool.serve") -> int:
     try:
         return serve(options)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_own_words(error, OWN_WORDS)}", file=sys.stderr)
         return 1
 
 

@@ -6,10 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from retool.config.command import calm_threads
+from retool.config.command import calm_threads, in_own_words
 from retool.talk.options import (
     CODE,
     NO_TOOLS,
+    OWN_WORDS,
     add_environment,
     add_episode,
     add_options,
@@ -59,5 +60,5 @@ def main(words: Sequence[str], program: str = "python -m retool chat") -> int:
         require_effect(options)
         return hold(options, EPILOG)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_own_words(error, OWN_WORDS)}", file=sys.stderr)
         return 1

@@ -15,6 +15,7 @@ from itertools import islice
 from rich.console import Console
 
 from retool.data.read.chunk import RowError
+from retool.data.read.library import IN_NAME
 from retool.data.read.names import resolve_files
 from retool.data.tokens.encoder import Piece
 from retool.rl.agent.environments.play import Attempt, run_in_world, seed_of
@@ -141,7 +142,7 @@ def read_row(stage: Stage, number: int) -> Prompt:
     if stage.rows is None:
         found = to_question(ROW, "--environment", number, wanted)
     else:
-        rows = read_questions(resolve_files(stage.rows), wanted)
+        rows = read_questions(resolve_files(stage.rows, part=IN_NAME), wanted)
         found = next(islice(rows, number, None), None)
     if found is None:
         raise ValueError(f"--row {number}: {stage.rows} has no such row; the first is 0.")

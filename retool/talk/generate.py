@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from retool.config.command import calm_threads
+from retool.config.command import calm_threads, in_own_words
 from retool.talk.options import (
     NO_TOOLS,
+    OWN_WORDS,
     add_environment,
     add_max_num_seqs,
     add_options,
@@ -67,5 +68,5 @@ def main(words: Sequence[str], program: str = "python -m retool generate") -> in
         require_effect(options)
         return write_answers(options)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_own_words(error, OWN_WORDS)}", file=sys.stderr)
         return 1

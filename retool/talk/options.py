@@ -8,6 +8,15 @@ from retool.rl.agent.formats.table import AUTO, FORMATS
 
 CODE = "code"  # what --tools says for the code interpreter of this machine
 NO_TOOLS = "none"
+# What these commands say for a run's keys, in errors; what they have no option for is left out
+OWN_WORDS = {
+    "data.chat_template": "--chat-template",
+    "Name the column with data.prompt_key": "Rename the column",
+    "with data.name, or as": "as",
+    ", or read it with a function of yours (data.custom_cls.path, name)": "",
+    ", or decode it in a function of yours (data.custom_cls.path, name)": "",
+    "model.trust_remote_code=true": "--trust-remote-code",
+}
 OF_ENVIRONMENTS = ("environment_kwargs", "rows", "row", "play")
 OF_QUESTIONS = ("system", "column")
 

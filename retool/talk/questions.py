@@ -11,8 +11,10 @@ import numpy as np
 from retool.data.read.chunk import RowError
 from retool.data.read.containers import plain
 from retool.data.read.files import iter_chunks
+from retool.data.read.library import IN_NAME
 from retool.data.read.names import resolve_files
 from retool.data.read.refused_rows import RefusedRows
+from retool.data.read.row_format import RowFormat
 from retool.data.read.rows import Conversation, to_conversation
 from retool.rl.agent.tools.of_row import schemas_offered
 from retool.rl.data import PromptOptions, to_prompt
@@ -24,7 +26,7 @@ from retool.talk.agent import Talker
 # Where a row's question is, the first of these that it has: a text, or messages; a column of one of
 # the forms that SFT reads; or a text again
 PROMPT = "prompt"
-FORMS = ("messages", "conversations", "instruction")
+FORMS = {"messages": "messages", "conversations": "sharegpt", "instruction": "alpaca"}
 TEXTS = ("question", "problem", "Problem", "text")
 
 
@@ -69,7 +71,7 @@ def read_worlds_rows(files: Sequence[str], talker: Talker, most: int = -1) -> li
     wanted = PromptOptions(needs_truth=False, keeps_rows=True, max_samples=most)
     found: list[Question] = []
     refused = RefusedRows()
-    for number, row in enumerate(rows_of_rl(resolve_files(files), wanted)):
+    for number, row in enumerate(rows_of_rl(resolve_files(files, part=IN_NAME), wanted)):
         try:
             found.append(of_world(row, number, talker))
         except ValueError as error:
@@ -90,7 +92,7 @@ def of_world(asked: Asked | RowError, number: int, talker: Talker) -> Question:
 
 
 def _rows(files: Sequence[str], most: int) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
-    for chunk in iter_chunks(resolve_files(files), limit=most):
+    for chunk in iter_chunks(resolve_files(files, part=IN_NAME), limit=most):
         for index, row in chunk:
             yield f"{chunk.file}, row {index}", row
 
@@ -126,7 +128,8 @@ def _conversation(row: Mapping[str, Any], where: str, column: str | None) -> Con
     if asked in FORMS and not column:
         # An instruction needn't have an output to be asked.
         whole = {"output": "", **row} if asked == "instruction" else row
-        return to_conversation(whole, file, int(number), prompt_only=True)
+        form = RowFormat(format=FORMS[asked])
+        return to_conversation(whole, file, int(number), form, prompt_only=True)
     value = plain(row[asked])
     fields = {
         "messages": [{"role": "user", "content": value}] if isinstance(value, str) else value,

@@ -436,16 +436,22 @@ def test_command_line(tmp_path, model, capsys):
     bad = jsonl(tmp_path / "bad.jsonl", [*rows(2), {"messages": []}])
     assert main(["audit", good, bad, "--model", model, "--show", "0"]) == 1
     assert "⟦" not in capsys.readouterr().out
-    for wrong in (
-        [str(tmp_path / "none.jsonl"), "--model", model],
-        [good, "--model", str(tmp_path)],
-        [good, "--model", model, "--messages-key", "text"],
-    ):
-        assert main(["audit", *wrong]) == 2
-        assert capsys.readouterr().err.startswith("audit: ")
     (tmp_path / "mine.py").write_text(
         "def rows(path):\n    yield {'messages': [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]}\n"
     )
+    for wrong, said in {
+        str(tmp_path / "none.jsonl"): "doesn't exist",
+        f"{good} --model {tmp_path}": "",
+        f"{good} --messages-key text": "Name the right one with --messages-key.",
+        f"{good} --single-turn": "Name the right one with --prompt-key.",
+        f"{good} --tools-key data.name/x": "'data.name/x'; it has messages. Name the right one with --tools-key.",
+        f"{good} --max-length 1": "--max-length=1 must be at least 2",
+        f"{good} --chat-template none.jinja": "audit: --chat-template=none.jinja: there is no such file",
+        f"{tmp_path / 'mine.py'}": "a function of yours (--rows).",
+    }.items():
+        assert main(["audit", "--model", model, *wrong.split()]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("audit: ") and said in told
     assert main(["audit", bad, "--model", model, "--rows", f"{tmp_path / 'mine.py'}:rows"]) == 0
     single = jsonl(tmp_path / "single.jsonl", [{"q": "a", "a": "b"}])
     assert (

@@ -522,6 +522,7 @@ def test_the_command_answers_until_it_is_told_to_stop(folder: Path) -> None:
         (["--port", "{taken}", "/nowhere"], "can't be used: [Errno"),
         (["--port", "99999", "/nowhere"], "must be 0-65535. Use another port"),
         (["--max-queue", "-1", "/nowhere"], "at least 0"),
+        (["{folder}", "--chat-template", "no.jinja"], "error: --chat-template=no.jinja: there is"),
     ],
 )
 def test_the_command_says_what_is_wrong(

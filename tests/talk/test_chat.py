@@ -337,6 +337,7 @@ def test_a_piped_question_is_answered(
             ["{folder}", "--tools", "no.yaml"],
             "--tools no.yaml: tool config file no.yaml doesn't exist",
         ),
+        (["{folder}", "--chat-template", "no.jinja"], "error: --chat-template=no.jinja: there is"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(

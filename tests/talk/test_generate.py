@@ -8,15 +8,18 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
+import datasets
 import pytest
 
 from retool.__main__ import main
+from retool.config.command import in_own_words
 from retool.llm.llm import LLM
 from retool.preflight.identity import weights_checksum
 from retool.rl.agent.formats.hermes import CALL_OPENS
 from retool.talk import writing
 from retool.talk.answers import AnswersFile
 from retool.talk.batch import Completion, answer_all
+from retool.talk.options import OWN_WORDS
 from retool.talk.questions import read_questions
 from tests.llm.models import write_model
 
@@ -90,12 +93,34 @@ def test_what_a_row_lacks_is_said_of_all_rows_at_once(talker_of, tmp_path: Path)
         {"prompt": "Who?", "completion": "I."},
         {"problem": "Who?", "answer": "I."},
         {"id": 3, "text": "Who?"},
+        # Of several forms, the first
+        {"messages": [{"role": "user", "content": "Who?"}], "conversations": [], "output": "I."},
     ],
 )
 def test_forms_of_rows(row: dict, talker_of, tmp_path: Path) -> None:
     talker, _ = talker_of({}, tools=False)
     (question,) = read_questions([write_rows(tmp_path / "rows.jsonl", [row])], talker)
     assert question.prompt.messages == [{"role": "user", "content": "Who?"}]
+
+
+def test_errors_name_no_key_that_the_command_lacks(talker_of, tmp_path: Path) -> None:
+    talker, _ = talker_of({}, tools=False)
+    rows = [{"messages": "[]"}, {"messages": [{"role": "assistant", "tool_calls": "[]"}]}]
+    (tmp_path / "rows.txt").write_text("Who?")
+    splits = {"a": datasets.Dataset.from_list([{"prompt": "Who?"}])}
+    datasets.DatasetDict({**splits, "b": splits["a"]}).save_to_disk(tmp_path / "saved")
+    told = []
+    for file in (
+        write_rows(tmp_path / "rows.jsonl", rows),
+        tmp_path / "rows.txt",
+        tmp_path / "saved",
+    ):
+        with pytest.raises(ValueError) as raised:
+            read_questions([str(file)], talker)
+        told.append(in_own_words(raised.value, OWN_WORDS))
+    assert "data." not in "".join(told) and "store it as a list." in told[0]
+    assert told[1].endswith(": convert it.")
+    assert told[2].endswith(f"Say which: {tmp_path}/saved/a.")
 
 
 def test_a_column_may_be_named(talker_of, tmp_path: Path) -> None:

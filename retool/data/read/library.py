@@ -30,33 +30,35 @@ HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.+-]+))??(?::([\w.+-]+(?:\[[^]]*
 class Part:
     """Which part of a data set is read, where it has several: `data.name`, `data.*_split`.
 
-    `split_key` is the key that names the split, for messages.
+    `split_key` is the key that names the split, for messages; None: there is none, and the name of
+    the data set says it.
     """
 
     split: str | None = None
     name: str | None = None
-    split_key: str = "data.train_split"
+    split_key: str | None = "data.train_split"
 
-    def choose(self, where: str, splits: Sequence[str]) -> str:
+    def choose(self, where: str, splits: Sequence[str], sign: str) -> str:
         """The split that is read. Raises ValueError where it isn't there, or none is named.
 
-        Training reads `train` unasked, and so does an audit.
+        Training reads `train` unasked, and so does an audit. `sign` stands between a data set and
+        its split where one name says both.
         """
         there = ", ".join(splits)
         if self.split is not None:
             if self.split.partition("[")[0] not in splits:
-                raise ValueError(
-                    f"{where} has no split {self.split!r}; it has {there}. Name one with {self.split_key}."
-                )
+                way_out = f" Name one with {self.split_key}." if self.split_key else ""
+                raise ValueError(f"{where} has no split {self.split!r}; it has {there}.{way_out}")
             return self.split
         if self.split_key != "data.val_split" and "train" in splits:
             return "train"
         if len(splits) == 1:
             return splits[0]
-        raise ValueError(
-            f"{where} has several splits: {there}. Say which: {self.split_key}={splits[0]}."
-        )
+        named = f"{self.split_key}=" if self.split_key else f"{where}{sign}"
+        raise ValueError(f"{where} has several splits: {there}. Say which: {named}{splits[0]}.")
 
+
+IN_NAME = Part(split_key=None)  # where there is no key for a split
 
 # --- folders of save_to_disk ---
 
@@ -77,7 +79,7 @@ def saved_split(source: str, part: Part) -> str | None:
         return None
     except (ValueError, KeyError) as error:
         raise ValueError(f"{source}/{SAVED_SPLITS} is damaged ({error}): save it again.") from error
-    return f"{source.rstrip('/')}/{part.choose(source, splits)}"
+    return f"{source.rstrip('/')}/{part.choose(source, splits, '/')}"
 
 
 # --- the hub ---
@@ -98,7 +100,7 @@ def hub_source(name: str, part: Part) -> str:
     hub_id, config, split = found.groups()
     config = config or part.name
     there = _load_hub(hub_id, config, None)
-    chosen = Part(split or part.split, config, part.split_key).choose(name, list(there))
+    chosen = Part(split or part.split, config, part.split_key).choose(name, list(there), ":")
     return ":".join(word for word in (hub_id, config, chosen) if word)
 
 
@@ -120,7 +122,7 @@ def _hub_told(hub_id: str, error: Exception) -> str:
         "."
     )  # what to call in Python is no way out here
     if "onfig" in reason:
-        return f"{hub_id}: {reason}. Name the configuration with data.name."
+        return f"{hub_id}: {reason}. Name the configuration with data.name, or as {hub_id}:CONFIGURATION:SPLIT."
     if isinstance(error, ConnectionError):
         return (
             f"{hub_id} is no file or folder here, and the hub can't be reached ({reason}). Fetch it where "

@@ -10,6 +10,7 @@ from typing import Any
 
 from retool.data.read.chunk import RowError
 from retool.data.read.files import iter_chunks
+from retool.data.read.library import IN_NAME
 from retool.data.read.names import resolve_files
 from retool.rl.agent.tools.on_thread import on_thread
 from retool.rl.agent.tools.protocol import ToolResult, check_schema, function_of
@@ -58,7 +59,7 @@ class TextSearch:
         if results < 1:
             raise ValueError(f"results={results} must be at least 1.")
         self._results = results
-        named = resolve_files(files) if files else []
+        named = resolve_files(files, part=IN_NAME) if files else []
         self._between = " AND " if every_word else " OR "
         self._index = _index_of([*pages, *_in_files(named, column)])
 
