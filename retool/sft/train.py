@@ -102,7 +102,8 @@ def train_steps(
         # ends.
         stopping = session.stop.agreed(session.mesh)
         last = state.step == report.steps
-        if last or due(trainer.test_freq, state.step, report.steps_per_epoch):
+        # Whoever asked the run to stop may not wait for more than a save.
+        if not stopping and (last or due(trainer.test_freq, state.step, report.steps_per_epoch)):
             with session.timer.phase("testing"):
                 run_validation(session, state)
         if last or stopping or due(trainer.save_freq, state.step, report.steps_per_epoch):

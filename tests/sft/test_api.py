@@ -213,12 +213,18 @@ def test_a_signal_to_end_is_passed_on(work: Path, tmp_path: Path) -> None:
     before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
     try:
         result = tune(
-            work, tmp_path, on_step=lambda *_: signal.raise_signal(signal.SIGTERM), max_steps=5
+            work,
+            tmp_path,
+            options={"data.val_files": work / "val.parquet", "trainer.test_freq": 1},
+            on_step=lambda *_: signal.raise_signal(signal.SIGTERM),
+            max_steps=5,
         )
     finally:
         signal.signal(signal.SIGTERM, before)
     assert heard == [signal.SIGTERM] and not result.finished
     assert result.model is not None
+    validated = [entry["step"] for entry in result.metrics if "val/loss" in entry]
+    assert result.step not in validated, "a stop waits for no validation"
 
 
 def several_runs(work: Path, out: Path) -> list[list[dict[str, Any]]]:
