@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,7 @@ def _add_rendering(own: argparse.ArgumentParser) -> None:
     )
     own.add_argument(
         "--template-date",
+        type=_date,
         metavar="DATE",
         help="the day that the template shows, where it does (data.template_date)",
     )
@@ -160,6 +162,14 @@ def _add_rows(own: argparse.ArgumentParser) -> None:
         default=-1,
         help="only the first rows (data.train_max_samples; default %(default)s: all)",
     )
+
+
+def _date(text: str) -> str:
+    try:
+        date.fromisoformat(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no date: write it as 2026-11-29") from error
+    return text
 
 
 def _mapping(text: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from retool.data.loader import epoch_order
 from retool.data.read.chunk import RowError, RowFunction
 from retool.data.read.containers import plain, without_nulls
 from retool.data.read.files import iter_chunks
-from retool.data.read.raw_messages import AS_LIST
+from retool.data.read.raw_messages import prompt_messages
 from retool.data.read.refused_rows import RefusedRows
 from retool.data.read.row_format import RowFormat
 from retool.data.read.rows import to_conversation
@@ -239,10 +239,7 @@ def to_question(row: Mapping[str, Any], file: str, index: int, options: PromptOp
     """Check and convert one raw row. RowError names file, row and what is wrong."""
     where = f"{file}, row {index}"
     asked, answered, ability_of_columns = _columns_of(row, options, where)
-    raw = plain(row[asked])
-    if isinstance(raw, str) and _messages_as_text(raw):
-        raise RowError(f"{where}: {asked!r} is a list of messages as JSON text: {AS_LIST}.")
-    messages = [{"role": "user", "content": raw}] if isinstance(raw, str) else raw
+    messages = prompt_messages(row[asked], asked, where)
     # The same reader as SFT's: both commands refuse the same malformed messages with the same
     # words.
     checked = to_conversation(
@@ -287,16 +284,6 @@ def _columns_of(
         f"{where}: there is no {options.prompt_key!r}, nor {wanted}; it has {there}. Name the column with "
         "data.prompt_key."
     )
-
-
-def _messages_as_text(text: str) -> bool:
-    if not text.lstrip().startswith("["):
-        return False
-    try:
-        found = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        return False
-    return bool(found) and all(isinstance(message, dict) and "role" in message for message in found)
 
 
 def _ground_truth(row: Mapping[str, Any], where: str, needed: bool) -> Any:

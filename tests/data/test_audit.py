@@ -235,8 +235,10 @@ def test_rl_prompts(tmp_path, renderer_of):
         {
             "prompt": [{"role": "user", "content": "Add 1 and 1."}],
             "reward_model": {"ground_truth": "2"},
-        }
-    ] * 3
+        },
+        {"prompt": "Add 1 and 1."},
+        {"prompt": "Add 1 and 1.", "answer": "2"},
+    ]
     found = audit(
         RowSource(jsonl(tmp_path / "rows.jsonl", made)), renderer_of("chatml"), num_workers=0
     )
@@ -436,6 +438,9 @@ def test_command_line(tmp_path, model, capsys):
     bad = jsonl(tmp_path / "bad.jsonl", [*rows(2), {"messages": []}])
     assert main(["audit", good, bad, "--model", model, "--show", "0"]) == 1
     assert "⟦" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["audit", good, "--model", model, "--template-date", "yesterday"])
+    assert "yesterday is no date: write it as 2026-11-29" in capsys.readouterr().err
     (tmp_path / "mine.py").write_text(
         "def rows(path):\n    yield {'messages': [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]}\n"
     )

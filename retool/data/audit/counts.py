@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from retool.batch import Sample
 from retool.data.audit.samples import Shown, sample_pieces, shown_sample
 from retool.data.read.chunk import Chunk, RowError
+from retool.data.read.raw_messages import prompt_messages
 from retool.data.read.refused_rows import kind_of
 from retool.data.read.row_format import RowFormat
 from retool.data.read.rows import (
@@ -122,7 +124,8 @@ def tally_chunk(
         try:
             if isinstance(raw, RowError):
                 raise raw
-            conversation = to_conversation(raw, chunk.file, index, form, prompt_only=prompts)
+            row = _asked(raw, form, f"{chunk.file}, row {index}") if prompts else raw
+            conversation = to_conversation(row, chunk.file, index, form, prompt_only=prompts)
             _count_row(tally, conversation, renderer, prompts, limit)
         except RowError as error:
             tally.refuse(str(error))
@@ -141,6 +144,12 @@ def tally_chunk(
 def _sort_key(file: str, row: int) -> str:
     """Sorts rows at random, in every run the same way."""
     return hashlib.sha256(f"{file}:{row}".encode()).hexdigest()[:16]
+
+
+def _asked(row: Mapping[str, Any], form: RowFormat, where: str) -> Mapping[str, Any]:
+    """A row of RL prompts with its prompt as messages."""
+    key = form.messages_key
+    return {**row, key: prompt_messages(row[key], key, where)} if key in row else row
 
 
 def _count_row(

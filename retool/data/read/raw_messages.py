@@ -41,6 +41,28 @@ def raw_messages(row: Mapping[str, Any], form: RowFormat, where: str) -> list[di
     return _with_system(row, _without_system(row, form, where), where)
 
 
+def prompt_messages(raw: Any, key: str, where: str) -> Any:
+    """What reinforcement learning asks, still unchecked: a column's messages, or its text as the
+    user's. RowError for messages that are text.
+    """
+    asked = plain(raw)
+    if not isinstance(asked, str):
+        return asked
+    if _messages_as_text(asked):
+        raise RowError(f"{where}: {key!r} is a list of messages as JSON text: {AS_LIST}.")
+    return [{"role": "user", "content": asked}]
+
+
+def _messages_as_text(text: str) -> bool:
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        found = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return bool(found) and all(isinstance(message, dict) and "role" in message for message in found)
+
+
 def _without_system(row: Mapping[str, Any], form: RowFormat, where: str) -> list[dict[str, Any]]:
     if form.format in ("messages", "sharegpt"):
         key = form.layout.needed[0]
