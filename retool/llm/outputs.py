@@ -29,7 +29,8 @@ class Logprob:
 class CompletionOutput:
     """One answer.
 
-    `text` is without what ended it, `token_ids` are with it. `logprobs` has a mapping from token id
+    `text` is without what ended it (but for a token of `stop_token_ids` that isn't special), `token_ids`
+    are with it. `logprobs` has a mapping from token id
     for each of these. `finish_reason` is "stop" or "length" (None: it goes on); `stop_reason` is
     the text or token id of the parameters that ended it, None where the model did.
     """

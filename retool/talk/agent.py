@@ -39,7 +39,8 @@ FINISH_REASONS = {
     Stop.LENGTH: "length",
     Stop.MAX_TURNS: "max_turns",
     Stop.INFRASTRUCTURE: "tool_failure",
-    Stop.ABORTED: "aborted",
+    # It filled the cache, or the model's positions: cut off, for who reads it
+    Stop.ABORTED: "length",
 }
 
 

@@ -14,7 +14,6 @@ from retool.rl.agent.episode import Episode
 from retool.rl.agent.loop import Generate, play
 from retool.rl.agent.options import Agent
 from retool.rl.agent.turns import EngineSequence, Turns, let_others_run
-from retool.rl.types import Stop
 from retool.talk.agent import FINISH_REASONS, Talker, to_message
 from retool.talk.questions import Question
 
@@ -124,7 +123,7 @@ async def _complete(talker: Talker, turns: Turns, question: Question, sample: in
     finally:
         sequence.end()
     messages = _shown(episode.messages[len(prompt.messages) :], talker)
-    return Completion(messages, _reason(stop), sum(episode.mask), failure)
+    return Completion(messages, FINISH_REASONS[stop], sum(episode.mask), failure)
 
 
 async def _play(
@@ -147,7 +146,7 @@ async def _play(
     there = replace(talker, agent=agents[-1])
     messages = [*played.prompt.messages, *_shown(played.messages, there)]
     tokens = int(played.mask.sum())
-    reason = _reason(played.stop)
+    reason = FINISH_REASONS[played.stop]
     return Completion(messages, reason, tokens, played.tool_failure, played.turn_rewards)
 
 
@@ -156,8 +155,3 @@ def _shown(messages: Sequence[Mapping[str, Any]], talker: Talker) -> list[dict[s
         to_message(message["content"], talker) if message["role"] == "assistant" else dict(message)
         for message in messages
     ]
-
-
-def _reason(stop: Stop) -> str:
-    # It filled the cache, or the model's positions: cut off, for who reads it
-    return FINISH_REASONS[stop].replace("aborted", "length")

@@ -18,8 +18,8 @@ from retool.talk.options import (
 )
 
 EPILOG = """A line of the output has the row, and `completions`: of each its last text, why it ended
-(finish_reason: stop, length, max_turns, tool_failure, aborted), its tokens, and all messages with tool calls
-and results. The output appears when it is whole; stopped before, the same command goes on from
+(finish_reason: stop, length, max_turns, tool_failure), its tokens, and all messages with tool calls and
+results. The output appears when it is whole; stopped before, the same command goes on from
 OUT.partial, and gives what it would have given at once.
 
 examples:

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from retool import LLM, SamplingParams
+from retool.llm.answer import Detokenizer
 from retool.llm.outputs import RequestOutput
 from tests.llm.models import write_model
 
@@ -89,15 +90,17 @@ def test_n_and_seed(folder: Path, llm: LLM) -> None:
     assert len(set(map(tuple, programs[0]))) == 4
 
 
-def test_logprobs_are_the_models(folder: Path, llm: LLM) -> None:
+@pytest.mark.parametrize("temperature", [0.7, 0.0])
+def test_logprobs_are_the_models(folder: Path, llm: LLM, temperature: float) -> None:
+    """At temperature 0 they are those of 1."""
     reference = reference_of(folder)
-    params = SamplingParams(temperature=0.7, top_p=0.9, max_tokens=6, seed=1, logprobs=3)
+    params = SamplingParams(temperature=temperature, top_p=0.9, max_tokens=6, seed=1, logprobs=3)
     (plain,) = llm.generate(TEXTS[0], SamplingParams(max_tokens=6, seed=1, logprobs=0))
     (output,) = llm.generate([TEXTS[0]], params)
     answer = output.outputs[0]
     ids = torch.tensor([output.prompt_token_ids + answer.token_ids])
     with torch.no_grad():
-        logp = (reference(ids).logits[0] / 0.7).log_softmax(-1)
+        logp = (reference(ids).logits[0] / (temperature or 1)).log_softmax(-1)
     assert answer.logprobs is not None and plain.outputs[0].logprobs is not None
     for place, (token, entry) in enumerate(zip(answer.token_ids, answer.logprobs, strict=True)):
         want = logp[len(output.prompt_token_ids) + place - 1]
@@ -115,6 +118,8 @@ def test_logprobs_are_the_models(folder: Path, llm: LLM) -> None:
         {token} for token in plain.outputs[0].token_ids
     ]
     assert llm.generate(TEXTS[0], GREEDY)[0].outputs[0].logprobs is None
+    (everything,) = llm.generate(TEXTS[0], SamplingParams(max_tokens=1, logprobs=10**6))
+    assert len(everything.outputs[0].logprobs[0]) == llm.engine.config.vocab
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -124,7 +129,9 @@ def test_stop_texts_end_an_answer_where_they_are_complete(llm: LLM, seed: int) -
     (whole,) = llm.generate(TEXTS[0], free)
     text = whole.outputs[0].text
     stop = text[len(text) // 2 : len(text) // 2 + 3]
-    params = SamplingParams(max_tokens=60, seed=seed, ignore_eos=True, stop=["never", stop])
+    begins_before = text[len(text) // 2 - 2 : len(text) // 2 + 9]  # and is complete after it
+    stops = ["never", begins_before, stop]
+    params = SamplingParams(max_tokens=60, seed=seed, ignore_eos=True, stop=stops, logprobs=0)
     answer = llm.generate([TEXTS[1], TEXTS[0]], params)[1].outputs[0]
     count = len(answer.token_ids)
     assert answer.text == text[: text.find(stop)]
@@ -132,6 +139,9 @@ def test_stop_texts_end_an_answer_where_they_are_complete(llm: LLM, seed: int) -
     assert answer.token_ids == whole.outputs[0].token_ids[:count]
     decode = llm.tokenizer.decode
     assert stop in decode(answer.token_ids) and stop not in decode(answer.token_ids[:-1])
+    assert [[*entry] for entry in answer.logprobs] == [[token] for token in answer.token_ids]
+    endless = SamplingParams(max_tokens=18, seed=seed, ignore_eos=True, stop="never")
+    assert len(llm.generate(TEXTS[0], endless)[0].outputs[0].token_ids) == 18
     kept = SamplingParams(
         max_tokens=60, seed=seed, ignore_eos=True, stop=stop, include_stop_str_in_output=True
     )
@@ -146,6 +156,7 @@ def test_stop_tokens_and_ends(llm: LLM) -> None:
     answer = llm.generate(TEXTS[0], params)[0].outputs[0]
     assert answer.token_ids == whole.outputs[0].token_ids[: first + 1]
     assert (answer.finish_reason, answer.stop_reason) == ("stop", token)
+    assert answer.text == llm.tokenizer.decode(answer.token_ids)  # one of the user's is text
     answers = llm.generate(
         [TEXTS[0]] * 8, [SamplingParams(max_tokens=99, seed=i) for i in range(8)]
     )
@@ -154,10 +165,27 @@ def test_stop_tokens_and_ends(llm: LLM) -> None:
     for answer in ended:
         assert answer.token_ids[-1] in llm.renderer.end_of_turn_ids and answer.stop_reason is None
         assert "<|im_end|>" not in answer.text
-    ignoring = SamplingParams(max_tokens=None, seed=3, ignore_eos=True)
+    shown = [SamplingParams(max_tokens=99, seed=i, skip_special_tokens=False) for i in range(8)]
+    texts = [o.outputs[0].text for o in llm.generate([TEXTS[0]] * 8, shown)]
+    assert not any(text.endswith("<|im_end|>") for text in texts)
+    ignoring = SamplingParams(max_tokens=10**6, seed=3, ignore_eos=True)
     (output,) = llm.generate([5] * 600, ignoring)
     assert output.outputs[0].finish_reason == "length"
     assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == llm.max_model_len
+
+
+def test_an_answer_ends_where_the_models_files_or_its_template_say(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base model's files know its end of text alone, and a prompt may be what `render` made."""
+    monkeypatch.setattr("retool.llm.llm.eos_ids", lambda _: (9,))
+    with LLM(folder, device="cpu") as llm:
+        turn = llm.turn_request(llm.renderer, [5], GREEDY)
+        assert (
+            {*turn.ends}
+            == {9, *llm.renderer.end_of_turn_ids}
+            == {*llm.text_request("a", GREEDY).ends}
+        )
 
 
 def test_chat_renders_as_training_does(llm: LLM) -> None:
@@ -200,6 +228,18 @@ def test_stream_grows_to_what_generate_gives(llm: LLM) -> None:
     assert llm.engine.idle()
 
 
+def test_text_grows_by_whole_characters(llm: LLM) -> None:
+    """A half that was shown could not be taken back."""
+    text = "ä 日本 😀!"
+    detokenizer = Detokenizer(llm.tokenizer, skip_special_tokens=True)
+    shown = []
+    for token in llm.tokenizer(text)["input_ids"]:
+        detokenizer.add([token])
+        shown.append(detokenizer.text)
+    assert shown[-1] == text and all(text.startswith(part) for part in shown)
+    assert len(shown) > len(text), "no character of several tokens: the test shows nothing"
+
+
 def test_streams_may_be_read_beside_others(llm: LLM) -> None:
     """Each gets the tokens that it gets alone, also when another one is left in the middle."""
 
@@ -235,6 +275,7 @@ def test_an_interruption_leaves_the_engine_empty(llm: LLM, monkeypatch: pytest.M
         ([], "prompt 1 is empty"),
         ([5] * 640, "prompt 1 has 640 tokens, and the model takes 640"),
         ([5, 10**6], "prompt 1 has token id 1,000,000"),
+        ([5, -1], "prompt 1 has token id -1"),
         ({"text": "Hi"}, "a text or a list of token ids"),
     ],
 )

@@ -11,6 +11,9 @@ import pytest
 from retool.llm.llm import LLM
 from retool.rl.agent.formats.hermes import HERMES
 from retool.rl.agent.formats.table import FORMATS
+from retool.serve import chat
+from retool.serve.engine_thread import Origin
+from retool.serve.shape import About
 from retool.serve.turn_reader import TurnReader
 from tests.rl.agent.test_call_formats import CODE_TOOL, WRITTEN
 from tests.serve.server import serving
@@ -125,6 +128,25 @@ def test_thoughts_are_told_apart_where_asked(says: Any, llm: LLM) -> None:
     deltas = [event["choices"][0]["delta"] for event in events]
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hm.\n"
     assert "".join(delta.get("content", "") for delta in deltas) == "Sun."
+
+
+def test_tools_change_how_an_answer_is_sampled(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call may be written with special tokens, and end with one of its own."""
+    monkeypatch.setattr(chat, "ends_of_calls", lambda *_: (7,))
+    body = {"messages": [QUESTION]}
+
+    def read(**more: Any) -> tuple[Any, Any]:
+        options = chat.ChatOptions(HERMES, False)
+        question = chat.read_chat({**body, **more}, llm, About("tiny", Origin("w")), options)
+        return question.requests[0], question.form.reader
+
+    plain, _ = read()
+    assert plain.params.skip_special_tokens and 7 not in plain.ends
+    with_tools, reader = read(tools=[TOOL])
+    assert not with_tools.params.skip_special_tokens and with_tools.ends == (*plain.ends, 7)
+    assert reader.whole("a<|im_end|>b").content == "ab"
+    _, showing = read(tools=[TOOL], skip_special_tokens=False)
+    assert showing.whole("a<|im_end|>b").content == "a<|im_end|>b"
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -5,6 +5,7 @@ leave do no harm.
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import signal
 import socket
@@ -89,6 +90,8 @@ def test_completions_are_the_llms(server: Served, llm: LLM, client: Any) -> None
         assert "".join(choice.text for choice in mine) == output.outputs[0].text
         tokens = [token for choice in mine for token in choice.token_ids]
         assert tokens == output.outputs[0].token_ids
+        prompts = [choice.prompt_token_ids for choice in mine]
+        assert [prompt for prompt in prompts if prompt] == [output.prompt_token_ids]
         offsets = [offset for choice in mine for offset in choice.logprobs.text_offset]
         assert offsets == sorted(offsets) and offsets[0] == 0
 
@@ -153,7 +156,9 @@ def test_chat_is_the_llms(llm: LLM, client: Any) -> None:
 
 def test_n_seed_and_stop(llm: LLM, client: Any) -> None:
     asked = {"model": "tiny", "prompt": TEXTS[1], "max_tokens": 8}
+    shared = llm.engine.stats.shared_tokens
     drawn = client.completions.create(**asked, n=3, seed=5, temperature=1.5, top_p=0.9)
+    assert llm.engine.stats.shared_tokens > shared, "each sample computed the prompt"
     want = expected(llm, TEXTS[1], n=3, seed=5, temperature=1.5, top_p=0.9, max_tokens=8)
     assert [choice.text for choice in drawn.choices] == [o.text for o in want.outputs]
     assert len({choice.text for choice in drawn.choices}) > 1
@@ -184,6 +189,10 @@ def test_sglangs_generate(server: Served, llm: LLM) -> None:
     assert [token for _, token, _ in pairs] == answer.token_ids
     assert sum(logp for logp, _, _ in pairs) == pytest.approx(answer.cumulative_logprob)
     assert found["meta_info"]["finish_reason"]["type"] == answer.finish_reason
+    seeded = {"sampling_seed": 5, "n": 2, "max_new_tokens": 8}
+    drawn = server.post("/generate", {"text": TEXTS[0], "sampling_params": seeded}).json()
+    want = expected(llm, TEXTS[0], n=2, seed=5, temperature=1, max_tokens=8)
+    assert [entry["output_ids"] for entry in drawn] == [one.token_ids for one in want.outputs]
     several = server.post("/generate", {**body, "input_ids": [body["input_ids"]] * 2}).json()
     assert [entry["output_ids"] for entry in several] == [answer.token_ids] * 2
 
@@ -206,8 +215,14 @@ def test_requests_share_the_engines_steps(server: Served, llm: LLM) -> None:
     assert together < 4 * alone
 
 
-def test_who_leaves_takes_no_more_room(server: Served, llm: LLM) -> None:
+def test_who_leaves_takes_no_more_room(
+    server: Served, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before the answer, and in the middle of a stream."""
+    step = llm.engine.step
+    # All of an answer takes 5 seconds: it isn't over by itself before it is noticed who left
+    monkeypatch.setattr(llm.engine, "step", lambda: time.sleep(0.01) or step())
+    sampled = llm.engine.stats.sampled_tokens
     asked = {"prompt": TEXTS[0], "max_tokens": 500, "ignore_eos": True}
     before = server.site.engine.counts.abandoned
     body = json.dumps({**asked, "n": 4}).encode()
@@ -217,9 +232,12 @@ def test_who_leaves_takes_no_more_room(server: Served, llm: LLM) -> None:
         left.sendall(head.encode() + body)
         wait_until(lambda: server.site.engine.under_way == 4)
     wait_until(lambda: not llm.engine.scheduler.sequences)
+    assert llm.engine.stats.sampled_tokens - sampled < 4 * 500
+    sampled = llm.engine.stats.sampled_tokens
     with httpx.stream("POST", server.url + "/v1/completions", json={**asked, "stream": True}) as r:
         next(r.iter_lines())
     wait_until(lambda: not llm.engine.scheduler.sequences)
+    assert llm.engine.stats.sampled_tokens - sampled < 500
     assert server.site.engine.under_way == 0
     assert server.site.engine.counts.abandoned == before + 2
 
@@ -255,7 +273,9 @@ def wait_until(happened: Any) -> None:
         ),
         ("/v1/completions", {"prompt": [1] * 700}, 400, "has 700 tokens"),
         ("/v1/completions", {"prompt": [10**6]}, 400, "token id 1,000,000"),
-        ("/v1/completions", {"prompt": "a", "n": 100}, 429, "room for 64"),
+        ("/v1/completions", {"prompt": "a", "n": 65, "max_tokens": 1}, 429, "room for 64"),
+        ("/v1/completions", {"prompt": "a", "n": 2000}, 400, "at most 1,024"),
+        ("/v1/completions", {"prompt": "a", "stop": ["x"] * 65}, 400, "may have 64"),
         ("/v1/chat/completions", {}, 400, "messages is missing"),
         ("/v1/chat/completions", {"messages": [3]}, 400, "a message must be an object"),
         ("/v1/chat/completions", {"messages": [{"role": "x"}]}, 400, "message 0"),
@@ -288,6 +308,7 @@ def wait_until(happened: Any) -> None:
             "give one",
         ),
         ("/generate", {"text": "a", "stream": True}, 400, "use /v1/completions"),
+        ("/generate", {"text": "a", "top_logprobs_num": 3}, 400, "top_logprobs_num must be 0"),
         ("/generate", {"text": "a", "sampling_params": {"max_tokens": 1}}, 400, "max_new_tokens?"),
         ("/collective_rpc", {"method": "eval"}, 400, "there is reload_weights"),
         ("/update_weights_from_disk", {"model_path": "/nowhere"}, 400, "/nowhere"),
@@ -303,8 +324,9 @@ def test_a_wrong_request_is_told_what_is_wrong(
     assert said in error["message"] and set(error) == {"message", "type", "param", "code"}
 
 
-def test_a_body_that_is_no_json(server: Served) -> None:
-    response = httpx.post(server.url + "/v1/completions", content=b"{")
+@pytest.mark.parametrize("body", [b"{", b"[" * 100_000])
+def test_a_body_that_is_no_json(server: Served, body: bytes) -> None:
+    response = httpx.post(server.url + "/v1/completions", content=body)
     assert response.status_code == 400 and "not JSON" in response.json()["error"]["message"]
 
 
@@ -373,6 +395,11 @@ def test_a_body_that_is_too_large_is_refused_with_the_limit(
         monkeypatch.setattr(app, "MOST_READING_BYTES", 400)
         response = small.post("/v1/completions", {"prompt": "a" * 500})
         assert response.status_code == 429 and "Retry-After" in response.headers
+        packed = gzip.compress(body)  # as large as it may be, for all that is known
+        assert len(packed) < 100
+        zipped = {"Content-Encoding": "gzip"}
+        response = small.client.post("/v1/completions", content=packed, headers=zipped)
+        assert response.status_code == 429
         response = small.post("/v1/completions", {"prompt": "a" * 200, **GREEDY})
         assert response.status_code == 200
         assert small.site.reading_bytes == 0
@@ -383,6 +410,15 @@ def test_a_server_that_stops_takes_no_more(server: Served, monkeypatch: pytest.M
     response = server.post("/v1/completions", {"prompt": "a"})
     assert response.status_code == 503 and response.headers["Retry-After"] == "1"
     assert server.get("/health").status_code == 503
+    assert server.get("/metrics").status_code == 200  # who watches sees it come to its end
+
+
+def test_a_server_whose_engine_failed_says_so(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.site.engine, "failure", RuntimeError("out of memory"))
+    for response in (server.get("/health"), server.post("/v1/completions", {"prompt": "a"})):
+        assert response.status_code == 503 and "out of memory" in response.text
 
 
 def test_models_health_and_metrics(server: Served) -> None:
@@ -422,6 +458,28 @@ def marks_of_a_stream(server: Served, reload: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(event["system_fingerprint"] for event in events))
 
 
+def mark_of_an_answer(server: Served, reload: dict[str, Any]) -> str:
+    """The weights that a whole answer names, while others are loaded in the middle of it."""
+    engine = server.site.engine
+    stands = threading.Event()
+    goes_on = threading.Event()
+
+    def hold() -> None:
+        stands.set()
+        assert goes_on.wait(30)
+
+    engine._commands.put(hold)
+    assert stands.wait(30)
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(server.post, "/v1/completions", {"prompt": TEXTS[0], **GREEDY})
+        wait_until(lambda: engine._commands.qsize() == 1)
+        loaded = pool.submit(server.post, "/collective_rpc", reload)
+        wait_until(lambda: engine._commands.qsize() == 2)
+        goes_on.set()
+        assert loaded.result().status_code == 200
+        return answer.result().json()["system_fingerprint"]
+
+
 def test_new_weights_and_who_may_bring_them(llm: LLM, folder: Path, tmp_path: Path) -> None:
     """Both dialects load a folder, after which its answers come."""
     other = write_model(tmp_path / "other", seed=1)
@@ -444,7 +502,10 @@ def test_new_weights_and_who_may_bring_them(llm: LLM, folder: Path, tmp_path: Pa
         assert answer["choices"][0]["text"] == old
         assert answer["system_fingerprint"] == mark_of(str(folder))
         marks = marks_of_a_stream(open_server, rpc)
-        assert marks == [mark_of(str(folder)), f"{mark_of(str(folder))}+{mark_of(str(other))}"]
+        both = f"{mark_of(str(folder))}+{mark_of(str(other))}"
+        assert marks == [mark_of(str(folder)), both]
+        assert open_server.post("/update_weights_from_disk", back).status_code == 200
+        assert mark_of_an_answer(open_server, rpc) == both
         assert open_server.post("/update_weights_from_disk", back).status_code == 200
     with serving(llm, may_change=False) as closed_server:
         response = closed_server.post("/collective_rpc", rpc)
@@ -478,10 +539,15 @@ def test_an_engine_that_fails_is_said_and_ends_the_server(
         monkeypatch.setattr(llm.engine, "step", step)
         asked = {"prompt": "a"}
         whole = pool.submit(served.post, "/v1/completions", asked)
-        wait_until(lambda: served.site.engine.under_way == 1)
+        streamed = pool.submit(served.post, "/v1/completions", {**asked, "stream": True})
+        wait_until(lambda: served.site.engine.under_way == 2)
         ended.set()
         response = whole.result()
         assert response.status_code == 500 and "failed" in response.json()["error"]["message"]
+        # All of it that can still be said once a stream has begun
+        lines = streamed.result().text.split("\n\n")
+        assert "failed" in json.loads(lines[0].removeprefix("data: "))["error"]["message"]
+        assert lines[1:] == [""]
         wait_until(lambda: served.site.engine.failure is not None)
     monkeypatch.undo()
     for key in list(llm.engine.scheduler.sequences):

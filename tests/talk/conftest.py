@@ -53,6 +53,7 @@ class PlayedBack:
     queue: list[tuple[Any, int]] = field(default_factory=list)
     before_step: Any = None
     dropped: list[Any] = field(default_factory=list)
+    seeds: dict[Any, Any] = field(default_factory=dict)
 
     options = EngineOptions(max_num_seqs=2)
     scheduler = SimpleNamespace(max_length=900)
@@ -60,6 +61,7 @@ class PlayedBack:
     def start(self, key, ids, params, group=None):
         self.prompts[key] = [list(ids)]
         self.left[key] = []
+        self.seeds[key] = params.seed
         self._ask(key, params)
 
     def extend(self, key, ids, params):

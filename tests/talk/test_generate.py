@@ -16,7 +16,7 @@ from retool.config.command import in_own_words
 from retool.llm.llm import LLM
 from retool.preflight.identity import weights_checksum
 from retool.rl.agent.formats.hermes import CALL_OPENS
-from retool.talk import writing
+from retool.talk import batch, writing
 from retool.talk.answers import AnswersFile
 from retool.talk.batch import Completion, answer_all
 from retool.talk.options import OWN_WORDS
@@ -43,7 +43,11 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_answers_come_in_order_with_calls_and_results(talker_of, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [1, 4])
+def test_answers_come_in_order_with_calls_and_results(
+    talker_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    monkeypatch.setattr(batch, "AHEAD", ahead)  # 1: more answers than are begun at once
     script = {(i, s): [f"{i} {s}{END}"] for i in range(3) for s in range(2)}
     script[0, 1] = [f"So: {CALL}{END}", f"It is 42.{END}"]
     script[2, 0] = ["cut"]
@@ -67,6 +71,7 @@ def test_answers_come_in_order_with_calls_and_results(talker_of, tmp_path: Path)
     assert messages[0]["tool_calls"][0]["function"]["arguments"] == {"code": "print(6 * 7)"}
     assert by_row[2][0]["finish_reason"] == "length" and by_row[0][0]["finish_reason"] == "stop"
     # A conversation is asked again from the user's last message on
+    assert len(set(engine.seeds.values())) == 6
     assert "Hello" not in engine.text((1, 0), 0) and sorted(engine.dropped) == sorted(script)
 
 
