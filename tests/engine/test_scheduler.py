@@ -185,3 +185,46 @@ def test_the_oldest_is_never_preempted() -> None:
                     order.append(done.key)  # type: ignore[arg-type]
                     scheduler.drop(done.key)
     assert order == [0, 1, 2, 3] and scheduler.stats.preempted > 0
+
+
+def draws_of(scheduler: Scheduler) -> list[object]:
+    """Plan and accept: whose tokens were drawn."""
+    step = scheduler.plan()
+    assert step is not None
+    drawn = [item.sequence for item in step.items if item.draws]
+    for sequence in drawn:
+        scheduler.accept(sequence, 3, -1.0, -1.0)
+    return [sequence.key for sequence in drawn]
+
+
+@pytest.mark.parametrize(("prompt", "drawn"), [(2, 3), (4, 1), (5, 0)])
+def test_a_sequence_fills_all_the_room_there_is(prompt: int, drawn: int) -> None:
+    """A last token is drawn from the one that fills it."""
+    scheduler = Scheduler(PagePool(3, 2), 4, 64, 1 << 60)
+    scheduler.start("a", [1] * prompt, SamplingParams(max_tokens=9), None)
+    for _ in range(drawn):
+        assert draws_of(scheduler) == ["a"]
+    assert scheduler.plan() is None and scheduler.sequences["a"].state is State.PARKED
+    assert len(scheduler.sequences["a"].logp) == drawn
+    assert [turn.reason for turn in scheduler.refused] == ["capacity"] * (drawn == 0)
+
+
+def test_a_leader_that_is_dropped_has_another_in_its_place() -> None:
+    """In the middle of its group's prompt: else the others wait for it for ever."""
+    scheduler = Scheduler(PagePool(9, 2), 4, 2, 1 << 60)
+    for key in ("leader", "other"):
+        scheduler.start(key, [1] * 6, SamplingParams(max_tokens=2), "group")
+    assert draws_of(scheduler) == []
+    scheduler.drop("leader")
+    assert [draws_of(scheduler) for _ in range(3)] == [[], [], ["other"]]
+
+
+def test_who_is_admitted_leaves_a_page_for_each_that_runs() -> None:
+    """Else it would be computed, and have to give its place up at the next token of the older one."""
+    scheduler = Scheduler(PagePool(4, 2), 4, 64, 1 << 60)
+    scheduler.start("old", [1], SamplingParams(max_tokens=3), None)
+    draws_of(scheduler)
+    scheduler.start("new", [1] * 4, SamplingParams(max_tokens=2), None)
+    assert draws_of(scheduler) == ["old"]
+    scheduler.drop("old")
+    assert draws_of(scheduler) == ["new"]

@@ -162,6 +162,9 @@ def test_n_seed_and_stop(llm: LLM, client: Any) -> None:
     want = expected(llm, TEXTS[1], n=3, seed=5, temperature=1.5, top_p=0.9, max_tokens=8)
     assert [choice.text for choice in drawn.choices] == [o.text for o in want.outputs]
     assert len({choice.text for choice in drawn.choices}) > 1
+    # As many as there is room for
+    crowd = client.completions.create(**{**asked, "n": 64, "max_tokens": 1})
+    assert len(crowd.choices) == 64
     free = [client.completions.create(**asked).choices[0].text for _ in range(2)]
     assert free[0] != free[1]
 
