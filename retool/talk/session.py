@@ -152,6 +152,7 @@ class Session:
         self.answers += 1
         params = turn_params(self.talker, self.answers)
         voice = Voice(self.talker, screen, episode, params, shown=known)
+        before = self.messages
         self.messages = said
         try:
             stop, failure = await play_turns(episode, voice.speak, self.talker.within(prompt))
@@ -163,6 +164,9 @@ class Session:
                 screen.end_turn(())
             stop = Stop.ABORTED
             failure = ""
+        except ValueError:  # a reader of calls of the user's own, for one
+            self.messages = before
+            raise
         finally:
             voice.end()
         voice.show_results()

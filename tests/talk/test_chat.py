@@ -162,6 +162,24 @@ def test_thoughts_are_over_with_the_answer(talker_of) -> None:
     assert "Hm." not in engine.text("chat") and "One.<|im_end|>" in engine.text("chat")
 
 
+def test_a_conversation_whose_answer_failed_is_as_it_was(
+    talker_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talker, engine = talker_of({"chat": [f"One.{END}", f"Two.{END}"]}, tools=False)
+    session = Session(talker)
+    asyncio.run(session.answer("First", Pieces()))
+    known = list(session.messages)
+
+    def fail(*_: object) -> None:
+        raise ValueError("a format of the user's own")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("retool.talk.session.calls_in", fail)
+        with pytest.raises(ValueError, match="of the user's own"):
+            asyncio.run(session.answer("Second", Pieces()))
+    assert session.messages == known and engine.dropped == ["chat", "chat"]
+
+
 def test_a_conversation_that_is_too_long_is_refused_as_it_was(talker_of) -> None:
     talker, _ = talker_of({"chat": [f"One.{END}"]}, tools=False)
     session = Session(talker)
