@@ -18,7 +18,9 @@ from rich.console import Console
 from retool.__main__ import main
 from retool.data.render.renderer import Renderer
 from retool.data.render.rendering import Rendering
+from retool.engine import TurnDone
 from retool.llm.sampling import SamplingParams
+from retool.rl.agent.episode import Sampled
 from retool.rl.agent.reading.call import Call
 from retool.rl.agent.tools import TrajectoryTool
 from retool.rl.agent.tools.session import InterpreterSession
@@ -29,6 +31,7 @@ from retool.talk.dialogue import Dialogue, converse
 from retool.talk.lines import read_message
 from retool.talk.screen import TerminalScreen
 from retool.talk.session import Session
+from retool.talk.session import _longer as longer
 from tests.data.templates_table import small_tokenizer
 from tests.real_data import real_template
 
@@ -100,6 +103,22 @@ def test_a_reset_forgets_and_keeps_the_system_message(talker_of) -> None:
     asyncio.run(session.reset())
     asyncio.run(session.answer("Second", Pieces()))
     assert "First" not in engine.text("chat") and "Be brief." in engine.text("chat")
+
+
+def test_a_question_that_is_asked_again_gets_another_answer(talker_of) -> None:
+    """Of other draws, which are the same in each run of the program."""
+
+    def seeds() -> list[Any]:
+        talker, engine = talker_of({"chat": [f"One.{END}"] * 3}, tools=False)
+        session = Session(talker)
+        found = []
+        for _ in range(3):
+            asyncio.run(session.answer("Again", Pieces()))
+            found.append(engine.seeds["chat"])
+        return found
+
+    first = seeds()
+    assert len(set(first)) == 3 and seeds() == first
 
 
 def test_what_a_tool_keeps_lives_as_long_as_the_conversation(talker_of) -> None:
@@ -189,11 +208,26 @@ def test_a_conversation_that_is_too_long_is_refused_as_it_was(talker_of) -> None
 
 
 def test_an_answer_ends_at_its_limit(talker_of) -> None:
-    talker, _ = talker_of(
-        {"chat": ["one two three four five six seven"]}, tools=False, max_tokens=6
-    )
+    said = "one two three four five six seven"
+    talker, engine = talker_of({"chat": [said]}, tools=False, max_tokens=6)
     pieces = Pieces()
     assert asyncio.run(Session(talker).answer("Count", pieces)) == (Stop.LENGTH, "")
+    left = len(engine.left["chat"])
+    assert len(talker.llm.renderer.encode(["x", said])[1]) - left == 6
+
+
+def test_an_answer_that_fills_the_cache_was_cut_off() -> None:
+    begun = Sampled([1], [-1.0], [-1.0], "length")
+    whole = longer(begun, TurnDone("chat", [2], [-2.0], [-2.0], "capacity"))
+    assert whole == Sampled([1, 2], [-1.0, -2.0], [-1.0, -2.0], "aborted")
+
+
+def test_a_turn_with_a_call_that_cant_be_read_stays_text(talker_of) -> None:
+    """All of it: a call beside that can be read doesn't make it go."""
+    talker, _ = talker_of({})
+    text = f"{CALL}\n<tool_call>\n{{bad\n</tool_call>"
+    assert to_message(text, talker) == {"role": "assistant", "content": text}
+    assert "tool_calls" in to_message(CALL, talker)
 
 
 def test_an_answer_ends_where_the_model_has_no_more_room(talker_of) -> None:
