@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
-from retool.batch import Sample, pack
+from retool.batch import Sample, pack, pack_apart
 from retool.checkpoint.hf.pretrained import load_pretrained
+from retool.model.borrowed.buffers import fill_buffers
 from retool.model.borrowed.module import BorrowedModel
 from retool.model.borrowed.read import read_any_config
 from retool.model.build import ModelOptions
@@ -90,6 +92,9 @@ def ours(
         mine = samples[mesh.dp_rank :: mesh.dp]
         half = len(mine) // 2
         packs = [pack(each, sp, pad_to) for each in (mine[:half], mine[half:])]
+        if sp == 2 and pad_to is None:
+            # Documents that lie on one rank each
+            packs[1] = pack_apart([mine[half:-1], mine[-1:]])
         trained = sum(sample.trained for sample in samples)
         loss, _, skipped = train_step(
             model, optimizer, packs, trained, LR, StepTimer(mesh.device)
@@ -179,6 +184,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mixtral", {"attention_dropout": 0.1}, "lists. attention_dropout=0.1 is not implemented"),
     ("qwen2_moe", {"sliding_window": 0}, "a mixture of experts"),
     ("gpt2", {"resid_pdrop": 0.1}, "resid_pdrop=0.1"),
+    (
+        "gemma3_text",
+        {"use_bidirectional_attention": True, "final_logit_softcapping": None},
+        "its attention isn't causal",
+    ),
     ("minicpm3", {}, "heads of keys and values differ in width"),
     ("diffllama", {}, "calls attention 2 times, not once"),
     ("apertus", {}, "its files hold model.layers.0.mlp.act_fn.beta"),
@@ -204,6 +214,25 @@ def test_what_cannot_work_is_refused_by_name(
         read_any_config(tmp_path, "transformers")
     assert named in str(error.value)
     assert re.search(r"\b(Use|Give|Take|write|way out)\b", str(error.value))
+
+
+class WithTable(nn.Module):
+    """Has a buffer of which nobody says the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.empty(3, device="meta"))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        pass
+
+
+def test_a_buffer_without_values_is_refused_by_name() -> None:
+    causal = nn.Module()
+    causal.inner = WithTable()
+    causal._init_weights = causal.inner._init_weights
+    with pytest.raises(ValueError, match=r"inner\.table is in no file"):
+        fill_buffers(causal, torch.device("cpu"))
 
 
 @pytest.mark.slow

@@ -18,15 +18,21 @@ from retool import checkpoint
 from retool.batch import Sample, pack
 from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.engine import SamplingParams
+from retool.model import recompute
+from retool.model.block import Execution
 from retool.model.build import ModelOptions
+from retool.model.config import Experts
+from retool.model.families import qwen3_moe
 from retool.model.recompute import Recompute
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.fsdp import local_pieces, shard
 from retool.parallel.mesh import Mesh, make_mesh
+from retool.parallel.ulysses import HeadPlan
 from retool.perf import StepTimer
 from retool.rl.server.weights import write_weights
 from retool.sft.step import train_step
 from tests.engine.models import engine_of, prompts, run
+from tests.model.decoders import decoder_config
 from tests.model.test_experts import (
     COEFFICIENT,
     by_transformers,
@@ -107,6 +113,19 @@ def test_what_is_divided_has_no_values_before() -> None:
     mesh = Mesh(0, 1, 1, 1, torch.device("cpu"), ep=2)
     with pytest.raises(ValueError, match=r"parameter weight .* make the module on the meta device"):
         shard(module, [("all", [module])], mesh, divided=["weight"])
+
+
+def test_a_layer_whose_tokens_travel_runs_them_in_one_piece() -> None:
+    """Ranks may have other numbers of tokens, and each piece is an exchange that all take part in."""
+    experts = Experts(count=4, per_token=2, width=8, normalised=True)
+    config = decoder_config(6, 2, "qwen3_moe", experts=experts, qk_norm=True)
+    found = []
+    for ep in (1, 2):
+        mesh = Mesh(0, 2, 1, 2, torch.device("cpu"), ep=ep)
+        with torch.device("meta"):
+            block = qwen3_moe.Block(config, 0, Execution(HeadPlan(1, 0, 6, 2, 8), mesh))
+        found.append(len(recompute._chunks(block, 40_000)))
+    assert found == [len(recompute.token_chunks(40_000)), 1] and found[0] > 1
 
 
 # Which experts every token has: those of one rank, or one of each rank's

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from retool.batch import pack
+from retool.batch import pack, pack_apart
 from retool.engine import Engine, EngineOptions, SamplingParams
 from retool.model.catalogue.families import parse_model_config, read_model_config
 from retool.model.rope import document_lengths
@@ -30,6 +30,9 @@ def test_a_tokens_document_is_as_long_on_every_rank() -> None:
     assert document_lengths(batch, 0).tolist() == [3, 3, 3, 1, 4, 4, 4, 4]
     parts = [document_lengths(batch.slice(rank, 4), rank) for rank in range(4)]
     assert torch.cat(parts).tolist() == document_lengths(batch, 0).tolist()
+    shares = [[sample(rng, 3)], [sample(rng, 1), sample(rng, 2)]]
+    alone = [document_lengths(pack_apart(shares).slice(rank, 2), rank) for rank in range(2)]
+    assert torch.cat(alone).tolist() == [3, 3, 3, 1, 2, 2]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,10 @@ def each(name: str, modules: nn.ModuleList) -> Units:
     return [(f"{name}.{i}", [m]) for i, m in enumerate(modules)]
 
 
+def each_of(net: nn.Module, *names: str) -> Units:
+    return [(name, [net.get_submodule(name)]) for name in names]
+
+
 def encoder() -> Case:
     layer = nn.TransformerEncoderLayer(D, 4, 24, dropout=0, batch_first=True, norm_first=True)
     net = nn.TransformerEncoder(layer, 3, nn.LayerNorm(D), enable_nested_tensor=False)
@@ -72,8 +76,8 @@ def gpt2(reentrant: bool | None = None) -> Case:
 
 
 class Images(nn.Module):
-    """Convolutions, one used twice, a frozen one, in-place activations, and a parameter that only
-    some inputs reach.
+    """Convolutions, one used twice, a frozen one, in-place activations, a unit without parameters,
+    and a parameter that only some inputs reach.
     """
 
     def __init__(self) -> None:
@@ -82,13 +86,14 @@ class Images(nn.Module):
         self.frozen = (
             nn.Sequential(nn.Conv1d(8, 8, 1), nn.BatchNorm1d(8)).eval().requires_grad_(False)
         )
-        self.relu, self.last, self.rare = nn.ReLU(inplace=True), nn.Linear(D, D), nn.Linear(D, D)
+        self.relu, self.tanh = nn.ReLU(inplace=True), nn.Tanh()
+        self.last, self.rare = nn.Linear(D, D), nn.Linear(D, D)
 
     def forward(self, x: Tensor) -> Tensor:
         rare = x[0, 0, 0] > 0
         x = self.relu(self.first(x))
         x = self.second(self.relu(self.second(x)))
-        x = self.frozen(x)
+        x = self.tanh(self.frozen(x))
         return (self.rare(x) if rare else self.last(x)).square().sum()
 
 
@@ -96,7 +101,7 @@ def images() -> Case:
     net = Images()
     return (
         net,
-        [(n, [net.get_submodule(n)]) for n in ("first", "second", "frozen", "rare", "last")],
+        each_of(net, "first", "second", "frozen", "tanh", "rare", "last"),
         lambda m, x: m(torch.cat([x[:, :, :1].abs(), x[:, :, 1:]], 2)),
     )
 
