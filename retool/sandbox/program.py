@@ -44,9 +44,12 @@ def run(job: dict[str, Any], base_address_space: int) -> NoReturn:
     _lay_out(job)
     _limit(job, base_address_space)
     sys.argv = [FILE]
-    sys.path.insert(0, os.getcwd())
-    tempfile.tempdir = os.getcwd()  # it would look for a folder in which it may remove files
-    os.environ.update(HOME=os.getcwd(), TMPDIR=os.getcwd(), PWD=os.getcwd())
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    tempfile.tempdir = folder  # it would look for a folder in which it may remove files
+    # One by one: `update` costs a call 67 page faults more, of 945
+    for name in ("HOME", "TMPDIR", "PWD"):
+        os.environ[name] = folder
     sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
     sys.stdout, sys.stderr = _writer(1), _writer(2)
     sys.__stdin__ = sys.stdin
@@ -58,7 +61,7 @@ def run(job: dict[str, Any], base_address_space: int) -> NoReturn:
     sys.modules["__main__"] = module
     if not job.get("session"):
         os._exit(_finish(_execute(job["code"], module.__dict__, {})))
-    session = kept.restore(os.getcwd(), module.__dict__)
+    session = kept.restore(folder, module.__dict__)
     code = _finish(_execute(job["code"], module.__dict__, session.lost))
     if code != OUT_OF_MEMORY:
         with contextlib.suppress(BaseException):  # the program's own, whatever it is
