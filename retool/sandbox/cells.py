@@ -4,7 +4,6 @@ at its end.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -96,9 +95,10 @@ class Cell:
     group: cgroups.Group | None = None
     kills_before: int = 0
     waited_before: float = 0.0
+    unsent: memoryview = field(default_factory=lambda: memoryview(b""))  # of the program
 
     def start(self, call: Call, exact_tasks: bool) -> None:
-        """Hand the program over; the clock starts."""
+        """The clock starts; `send` hands the program over."""
         limits = call.limits
         if self.group is not None:
             self.group.set_limit(limits.memory_mb << 20)
@@ -115,9 +115,21 @@ class Cell:
             "open_files": limits.open_files,
             "processes": limits.processes if exact_tasks else 0,
         }
-        with contextlib.suppress(OSError):  # it may be dying already: then its end tells
-            self.control.sendall(wire.encode(job))
+        self.unsent = memoryview(wire.encode(job))
+
+    def send(self) -> bool:
+        """Send as much of the program as the child takes now, which may be late to read; whether
+        that was all.
+        """
+        try:
+            while self.unsent:
+                self.unsent = self.unsent[self.control.send(self.unsent) :]
             self.control.shutdown(socket.SHUT_WR)
+        except BlockingIOError:
+            return False
+        except OSError:  # it may be dying already: then its end tells
+            pass
+        return True
 
     def kill(self) -> None:
         """End the call and all its processes; the fork server tells when they are gone."""
@@ -184,6 +196,12 @@ class Cell:
             return False
         return self.out.total + self.err.total > self.call.limits.flood_mb << 20
 
+    def last_words(self) -> str:
+        """What a child that never became a program wrote to stderr."""
+        while self.err.open and self.err.read(1 << 12):
+            continue
+        return self.err.text()
+
     def finish(self, code: int, cpu: float, at: float) -> Result:
         """The result, once the kernel has reported the end: `code` is the exit code, or minus the
         signal; `cpu` are seconds; `at` is when it was, on the clock that all processes share.
@@ -245,7 +263,7 @@ def open_cell(server: ForkServer, number: int, slot: int, path: str) -> tuple[Ce
     """A cell with its pipes, and the child's ends of them: control socket, stdout, stderr."""
     control, child_control = socket.socketpair()
     control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-    control.settimeout(10)
+    control.setblocking(False)
     out, child_out = os.pipe2(os.O_CLOEXEC)
     err, child_err = os.pipe2(os.O_CLOEXEC)
     for reader in (out, err):

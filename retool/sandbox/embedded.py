@@ -22,7 +22,7 @@ from .connection import Connection
 from .keeper import Keeper, backoff
 from .kept import SNAPSHOT
 from .layers import Plan
-from .result import Limits, Result, safe_name
+from .result import Limits, Result, safe_files, safe_name
 from .shortage import OPEN_FILES
 
 _FENCE = re.compile(
@@ -76,10 +76,9 @@ class Sandbox:
             raise ValueError(f"sandbox.isolation={isolation!r} must be 'strict' or 'best_effort'.")
         self.limits = limits or Limits()
         self.workers = max(4, len(os.sched_getaffinity(0))) if workers is None else workers
-        if self.workers < 1:
-            raise ValueError(f"sandbox workers={workers} must be at least 1.")
-        if servers is not None and servers < 1:
-            raise ValueError(f"sandbox servers={servers} must be at least 1.")
+        for name, count in (("workers", self.workers), ("servers", servers)):
+            if count is not None and (not isinstance(count, int) or count < 1):
+                raise ValueError(f"sandbox {name}={count!r} must be a whole number, at least 1.")
         setup = {
             "limits": vars(self.limits),
             "workers": self.workers,
@@ -243,7 +242,7 @@ class Sandbox:
         fetch: Sequence[str],
     ) -> dict[str, Any]:
         """A call as the supervisor reads it; ValueError for what can't be asked."""
-        limits: dict[str, float] = {}
+        limits: dict[str, Any] = {}
         if timeout is not None:
             limits["wall_seconds"] = timeout
             # A longer wall time is of no use to a program that the kernel stops for its processor
@@ -251,11 +250,11 @@ class Sandbox:
             limits["cpu_seconds"] = max(timeout, self.limits.cpu_seconds)
         if memory_mb is not None:
             limits["memory_mb"] = memory_mb
-        if any(not value > 0 for value in limits.values()):
-            raise ValueError(f"timeout={timeout} and memory_mb={memory_mb} must be above 0.")
+        if limits:
+            replace(self.limits, **limits)  # refuses what would end the supervisor
         encoded = {
-            safe_name(name): base64.b64encode(content).decode("ascii")
-            for name, content in files.items()
+            name: base64.b64encode(content).decode("ascii")
+            for name, content in safe_files(files, stdin, self.limits.file_mb).items()
         }
         job = {"code": strip_fence(code), "stdin": stdin, "files": encoded}
         return {"job": job, "limits": limits, "fetch": [safe_name(name) for name in fetch]}

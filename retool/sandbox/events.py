@@ -26,6 +26,11 @@ class Events(Generic[Heard]):
         self._listeners[fd] = listener
         self._poll.register(fd, select.EPOLLIN | (select.EPOLLONESHOT if once else 0))
 
+    def instead(self, fd: int, listener: Callable[[], Heard], kind: int) -> None:
+        """Call another listener from now on, whenever there is what `kind` says."""
+        self._listeners[fd] = listener
+        self._poll.modify(fd, kind)
+
     def listen_for_room(self, fd: int, wanted: bool) -> None:
         """Call its listener also when it can be written to, or no longer."""
         self._poll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if wanted else 0))

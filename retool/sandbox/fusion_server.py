@@ -21,6 +21,7 @@ from typing import Any
 
 from .embedded import Sandbox
 from .fusion_types import RunRequest, result_to_json
+from .result import Result
 
 LARGEST_BODY = 16 << 20
 MOST_CONNECTIONS = 1024
@@ -108,12 +109,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         body = self.rfile.read(int(self.headers["Content-Length"]))
         try:
-            request = RunRequest.from_json(json.loads(body))
+            result = self._run(RunRequest.from_json(json.loads(body)))
         except (ValueError, RecursionError) as error:
             self._reply(422, {"detail": str(error)})
             return
+        self._reply(200, result_to_json(result))
+
+    def _run(self, request: RunRequest) -> Result:
         limits = self.server.sandbox.limits
-        result = self.server.sandbox.run_blocking(
+        return self.server.sandbox.run_blocking(
             request.code,
             request.stdin,
             min(request.timeout, LONGEST_RUN),
@@ -121,7 +125,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             files=request.files,
             fetch=request.fetch,
         )
-        self._reply(200, result_to_json(result))
 
     def _refusal(self, needs_token: bool) -> tuple[int, dict[str, str]] | None:
         """Why this request isn't served, whatever it asks for."""

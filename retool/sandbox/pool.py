@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import select
 import signal
 import tempfile
 import time
@@ -83,8 +84,7 @@ class Pool:
     ) -> None:
         self.plan = plan
         self.scratch = tempfile.mkdtemp(prefix="retool-sandbox-")
-        # Programs run under users of their own: they must pass through this folder, and not list
-        # it.
+        # Programs run under users of their own: they must pass through this folder, not list it
         os.chmod(self.scratch, 0o711)
         self.servers = ForkServers(plan, self.scratch, limits.file_mb, servers)
         self.cells: dict[int, Cell] = {}
@@ -188,6 +188,8 @@ class Pool:
         cell.start(call, self.plan.exact_tasks)
         self.running[cell.number] = cell
         self._fresh.append(cell)
+        if not cell.send():
+            self._events.instead(cell.control.fileno(), partial(self._send, cell), select.EPOLLOUT)
         return True
 
     def listen_to_programs(self, now: float) -> float | None:
@@ -253,6 +255,12 @@ class Pool:
         self._idle.append(cell)
         return []
 
+    def _send(self, cell: Cell) -> Ended:
+        """A child takes more of its program."""
+        if cell.send():
+            self._events.forget(cell.control.fileno())
+        return []
+
     def _hear_question(self, cell: Cell) -> Ended:
         """A program's filter asks about a system call, which waits."""
         if not listener.answer(
@@ -282,8 +290,8 @@ class Pool:
             server.welcome(sender)
             return []
         if "init" in message:
-            if message["init"] in self.cells:
-                self.cells[message["init"]].init = sender
+            if (cell := self.cells.get(message["init"])) is not None:
+                cell.init = sender
             return []
         if "failed" in message:
             why = f"the fork server could not start a process ({message['why']})"
@@ -293,19 +301,13 @@ class Pool:
         return self._child_ended(self.cells[message["exited"]], message)
 
     def _child_ended(self, cell: Cell, message: dict[str, Any]) -> Ended:
-        """A program has ended, and everything that it had started; or a child that never became
-        one.
-        """
+        """A program and all that it had started has ended, or a child that never became one."""
         if cell.call is not None:
-            result = cell.finish(message["code"], message["cpu"], message["at"])
-            ended = (cell.call, result)
+            ended = [(cell.call, cell.finish(message["code"], message["cpu"], message["at"]))]
             self._retire(cell)
             self.attempts.next_at = 0.0  # where something ran short, there is more of it now
-            return [ended]
-        # A child that never became a program wrote to stderr why.
-        while cell.err.open and cell.err.read(1 << 12):
-            continue
-        reason = cell.err.text() or f"code {message['code']}"
+            return ended
+        reason = cell.last_words() or f"code {message['code']}"
         self.attempts.fail(f"a process could not be confined ({reason})")
         self._retire(cell)
         return []

@@ -26,6 +26,7 @@ from typing import Any, NoReturn, TextIO
 from . import kept, reductions, settings, variables, work_folder
 
 FILE = "main.py"
+STDIN = ".stdin"  # where it lies in the work folder until the program has it
 # The return code that stands for an uncaught MemoryError; the parent reports it as memory_limit
 OUT_OF_MEMORY = 250
 # The modules whose functions programs can reach
@@ -116,11 +117,11 @@ def _lay_out(job: dict[str, Any]) -> None:
         with open(name, "xb") as file:
             file.write(base64.b64decode(content))
     if job.get("stdin"):
-        with open(".stdin", "xb") as file:
+        with open(STDIN, "xb") as file:
             file.write(job["stdin"].encode("utf-8", "surrogateescape"))
-        source = os.open(".stdin", os.O_RDONLY)
+        source = os.open(STDIN, os.O_RDONLY)
         with contextlib.suppress(OSError):  # where the folder is on the host, files stay
-            os.unlink(".stdin")
+            os.unlink(STDIN)
         os.dup2(source, 0)
         os.close(source)
 

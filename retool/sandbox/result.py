@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from .kept import RESTORING, SNAPSHOT, WHOLE
+from .program import STDIN
 
 Status = Literal[
     "success", "error", "timeout", "memory_limit", "output_limit", "process_limit", "sandbox_error"
 ]
+
+IN_SECONDS = ("wall_seconds", "cpu_seconds")
+LARGEST = 1_000_000_000  # of any limit: the kernel takes no endless ones
+LONGEST_NAME = 255  # bytes, of a file or folder: the kernel's
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,12 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0:
-                raise ValueError(f"sandbox limit {name}={value} must be above 0.")
+            kind = (int, float) if name in IN_SECONDS else int
+            if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value <= LARGEST:
+                what = "a number of seconds" if name in IN_SECONDS else "a whole number"
+                raise ValueError(
+                    f"sandbox limit {name}={value!r} must be {what} above 0, and {LARGEST:,} at most."
+                )
 
 
 @dataclass(frozen=True)
@@ -123,10 +133,30 @@ def safe_name(name: str) -> str:
         or len(name) > 1024
         or "\0" in name
         or any(part in ("", ".", "..") for part in parts)
+        or any(len(os.fsencode(part)) > LONGEST_NAME for part in parts)
         or name.startswith("/")
     ):
         raise ValueError(
             f"file name {name!r} must be a relative path inside the work folder, "
-            "without '.' or '..' parts."
+            f"without '.' or '..' parts, and none longer than {LONGEST_NAME} bytes."
         )
     return name
+
+
+def safe_files(files: Mapping[str, bytes], stdin: str, room_mb: int) -> dict[str, bytes]:
+    """`files` as they can be laid into a work folder beside `stdin`; ValueError where they can't."""
+    for name in files:
+        parts = safe_name(name).split("/")
+        above = ["/".join(parts[:length]) for length in range(1, len(parts))]
+        if taken := [folder for folder in above if folder in files]:
+            raise ValueError(f"file {name!r} can't lie in {taken[0]!r}, which is a file, too.")
+    if stdin and STDIN in files:
+        raise ValueError(f"file name {STDIN!r} is taken where there is stdin: use another one.")
+    sizes = [len(content) for content in files.values()]
+    sizes.append(len(stdin.encode("utf-8", "surrogateescape")))
+    if sum(sizes) > room_mb << 20:
+        raise ValueError(
+            f"files and stdin have {sum(sizes) / (1 << 20):.1f} MB; a work folder has {room_mb} "
+            "(Limits.file_mb)."
+        )
+    return dict(files)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import importlib.util
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import threading
 import time
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -137,7 +139,8 @@ def test_files_in_and_out(default_sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "/etc/passwd", "a/../../x", "", "a//b", ".", "a\0b", "x" * 2000]
+    "name",
+    ["../x", "/etc/passwd", "a/../../x", "", "a//b", ".", "a\0b", "x" * 2000, "a/" + "é" * 128],
 )
 def test_file_names_that_lead_out(default_sandbox: Sandbox, name: str) -> None:
     with pytest.raises(ValueError, match="work folder"):
@@ -178,8 +181,6 @@ def test_limits_of_one_call(default_sandbox: Sandbox) -> None:
     assert default_sandbox.run_blocking(program).stdout == "200\n"
     assert default_sandbox.run_blocking(program, memory_mb=128).status == "memory_limit"
     assert default_sandbox.run_blocking(program).stdout == "200\n"
-    with pytest.raises(ValueError, match="above 0"):
-        default_sandbox.run_blocking("1", timeout=0)
 
 
 def test_stdout_keeps_the_beginning_and_stderr_the_end(default_sandbox: Sandbox) -> None:
@@ -353,6 +354,32 @@ def test_a_late_fork_server_does_not_make_programs_late(default_sandbox: Sandbox
     assert future.result(timeout=30).ok
 
 
+def test_a_child_that_is_late_to_read_its_program_holds_up_no_other(
+    default_sandbox: Sandbox,
+) -> None:
+    assert default_sandbox.run_blocking("1").ok and settled(default_sandbox)
+    waiting: list[int] = []
+    while len(waiting) < default_sandbox.workers:  # confined, all of them
+        waiting = [
+            pid
+            for pid in descendants(default_sandbox.pid)
+            if "Seccomp:\t2" in Path(f"/proc/{pid}/status").read_text()
+        ]
+    os.kill(waiting[0], signal.SIGSTOP)
+    long = "len(input())"  # more than a socket holds
+
+    async def main() -> list[Result]:
+        calls = [default_sandbox.run(long, "x" * (4 << 20), timeout=1.5) for _ in range(2)]
+        return await asyncio.gather(*calls, default_sandbox.run("1"))
+
+    results = asyncio.run(main())
+    late = [result for result in results if result.status == "timeout"]
+    assert len(late) == 1 and not late[0].stdout
+    others = [result for result in results if result not in late]
+    assert [result.stdout for result in others] == [f"{4 << 20}\n", "1\n"]
+    assert all(result.queue_seconds < 8 for result in others)
+
+
 def ended(family: list[int]) -> bool:
     """Whether these processes are gone, within a while."""
     end = time.monotonic() + 30
@@ -389,10 +416,36 @@ def test_importing_it_is_light() -> None:
 
 
 def test_bad_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="memory_mb=0"):
-        Limits(memory_mb=0)
     with pytest.raises(ValueError, match="strict"):
         Sandbox(isolation="lax")  # type: ignore[arg-type]
+    wrong: dict[str, Any]
+    for wrong in ({"memory_mb": 0}, {"output_kb": 1.5}, {"cpu_seconds": math.inf}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.* above 0"):
+            Limits(**wrong)
+    for wrong in ({"workers": 0}, {"workers": 2.5}, {"servers": 1.5}):
+        with pytest.raises(ValueError, match="must be a whole number, at least 1"):
+            Sandbox(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"timeout": 0}, "wall_seconds=0 must"),
+        ({"timeout": math.inf}, "wall_seconds=inf must"),
+        ({"timeout": math.nan}, "wall_seconds=nan must"),
+        ({"memory_mb": 1.5}, "memory_mb=1.5 must be a whole number"),
+        ({"memory_mb": 1 << 50}, "1,000,000,000 at most"),
+        ({"files": {"a": b"", "a/b": b""}}, "'a/b' can't lie in 'a'"),
+        ({"files": {".stdin": b""}, "stdin": "x"}, "taken where there is stdin"),
+        ({"files": {"a": bytes(20 << 20)}, "stdin": "x" * (13 << 20)}, "have 33.0 MB"),
+    ],
+)
+def test_what_can_not_be_asked_is_refused_before_it_reaches_others(
+    default_sandbox: Sandbox, asked: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        default_sandbox.run_blocking("1", **asked)
+    assert default_sandbox.restarts == 0
 
 
 def leaks(sandbox: Sandbox, calls: int) -> None:

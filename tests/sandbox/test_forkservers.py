@@ -238,16 +238,16 @@ def test_where_no_process_may_be_made_calls_wait_for_others_to_end(
 ) -> None:
     """None is lost while any child is there; with none, what failed and the way out are told."""
     monkeypatch.setattr(embedded, "RETRIES", 0)
-    mode = next(mode for mode in modes_here() if mode.user and not mode.refused)
-    few = ["bash", "-c", 'ulimit -u 9; exec "$0" "$@"']
-    launcher = [*mode.launcher, *few]
-    with Sandbox(Limits(), 4, python=mode.python, launcher=launcher) as sandbox:
+    user = USER + 1  # who has no processes of other tests
+    become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+    launcher = [*become, "bash", "-c", 'ulimit -u 9; exec "$0" "$@"']
+    with Sandbox(Limits(), 4, python=unprivileged_python(), launcher=launcher) as sandbox:
 
         async def main() -> list[Result]:
             return await asyncio.gather(*(sandbox.run(SLEEP) for _ in range(8)))
 
         assert all(result.ok for result in asyncio.run(main()))
-        others = [sleeper(USER) for _ in range(9)]
+        others = [sleeper(user) for _ in range(9)]
         try:
             refused = [sandbox.run_blocking("1") for _ in range(5)][-1]
         finally:

@@ -139,6 +139,7 @@ def test_failed_and_timed_out(server: Server) -> None:
         ({"code": "1", "memory_limit_MB": 1.5}, "memory_limit_MB"),
         ({"code": "1", "files": {"../x": ""}}, "work folder"),
         ({"code": "1", "files": {"x": "not base64!"}}, "base64"),
+        ({"code": "1", "files": {"a": "", "a/b": ""}}, "can't lie in"),
         ({"code": "1", "fetch_files": ["/etc/passwd"]}, "work folder"),
         ({"code": "1", "fetch_files": "x"}, "list"),
     ],
