@@ -76,7 +76,7 @@ def grpo(scores: np.ndarray, groups: np.ndarray, norm_by_std: bool = True) -> np
     for members in _members(groups):
         if len(members) == 1:
             continue
-        centred = out[members] - out[members].mean()
+        centred = out[members] - _mean(out[members])
         if norm_by_std:
             # Groups whose scores are all equal divide 0 by EPS: no advantage, and no division by 0.
             centred = centred / (out[members].std(ddof=1) + EPS)
@@ -94,13 +94,21 @@ def rloo(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
         n = len(members)
         if n > 1:
             # s - (n·mean - s)/(n - 1)
-            out[members] = (out[members] - out[members].mean()) * n / (n - 1)
+            out[members] = (out[members] - _mean(out[members])) * n / (n - 1)
     return out
 
 
 def _members(groups: np.ndarray) -> list[np.ndarray]:
     """The trajectories of each group, by their places."""
     return [np.flatnonzero(groups == group) for group in np.unique(groups)]
+
+
+def _mean(values: np.ndarray) -> float:
+    """The mean, of equal numbers exactly that number: what rounding would leave of each, divided by
+    an epsilon, would be an advantage.
+    """
+    low = float(values.min())
+    return low if low == values.max() else float(values.mean())
 
 
 # --- by token ---
@@ -140,7 +148,7 @@ def whiten(values: PerToken, masks: PerToken) -> list[np.ndarray]:
     """
     sampled = [v[mask] for v, mask in zip(values, masks, strict=True)]
     chosen = np.concatenate(sampled) if sampled else np.zeros(0)
-    mean = chosen.mean() if len(chosen) else 0.0
+    mean = _mean(chosen) if len(chosen) else 0.0
     variance = chosen.var(ddof=1) if len(chosen) > 1 else 0.0
     scale = np.sqrt(variance + VARIANCE_EPS)
     return [np.where(mask, (v - mean) / scale, 0.0) for v, mask in zip(values, masks, strict=True)]

@@ -39,6 +39,16 @@ def test_rloo_by_hand() -> None:
     assert rloo(scores, groups) == pytest.approx([1 - 4, 2 - 3.5, 6 - 1.5, 7.0])
 
 
+@pytest.mark.parametrize("score", [0.1, 12345.6, 1e8 / 3])
+def test_equal_scores_have_no_advantage_however_large_they_are(score: float) -> None:
+    """Their mean, rounded, leaves some 1e-16 of each; divided by 1e-6 it would be trained."""
+    scores = np.full(33, score)
+    groups = np.repeat([0, 1, 2], 11)
+    masks = [np.ones(3, bool)] * 33
+    assert not grpo(scores, groups).any() and not rloo(scores, groups).any()
+    assert not np.any(reinforce_plus_plus([np.full(3, score)] * 33, masks, gamma=0.0)[0])
+
+
 def test_groups_needn_t_lie_together(rng) -> None:
     scores = rng.normal(size=24)
     groups = np.repeat(np.arange(6), 4)
