@@ -55,6 +55,8 @@ class Server(http.server.ThreadingHTTPServer):
                 f"host={host} lets other machines run programs here: give a token (--token, or "
                 "RETOOL_SANDBOX_TOKEN)."
             )
+        if not 0 <= port < 1 << 16:
+            raise ValueError(f"port={port} must be from 0 to 65535; 0 is any free one.")
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.sandbox = sandbox
         self.token = token

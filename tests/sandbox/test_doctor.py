@@ -86,6 +86,8 @@ def test_serve_refuses_the_open_network_without_a_token(
     monkeypatch.delenv("RETOOL_SANDBOX_TOKEN", raising=False)
     assert main(["serve", "--host", "0.0.0.0", "--port", "0", "--workers", "1"]) == 1
     assert "give a token" in capsys.readouterr().err
+    assert main(["serve", "--port", "99999", "--workers", "1"]) == 1
+    assert "port=99999 must be from 0 to 65535" in capsys.readouterr().err
 
 
 def test_serve_says_which_port_is_taken_and_leaves_nothing(
