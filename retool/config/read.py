@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from retool.config.schema import REQUIRED, C, ConfigError, Fault, Leaf, Parsed, leaves
@@ -64,6 +64,8 @@ def read(
                 _put(node, leaf.key, _nothing(leaf))
             else:
                 value = OmegaConf.select(node, leaf.key, throw_on_missing=True)
+                if OmegaConf.is_config(value):  # whose entries are interpolated when they are read
+                    OmegaConf.to_container(value, resolve=True)
                 faults += _value_faults(leaf, value)
                 # A shell doesn't expand it behind `key=`, and a folder called ~ is a trap
                 if isinstance(value, str) and value.startswith("~/"):
@@ -72,7 +74,10 @@ def read(
             problem = str(error).splitlines()[0] + "."
             way_out = "Interpolate a key that exists: ${trainer.project_name}."
             faults.append(Fault(leaf.key, problem, way_out))
-            _put(node, leaf.key, _fallback(leaf))
+            # Put in its place, not merged: a mapping would keep the entry that can't be read
+            parent, last = _parent(node, leaf.key)
+            with flag_override(parent, "readonly", False):
+                parent[last] = _fallback(leaf)
     config = typing.cast(C, OmegaConf.to_object(node))
     return Parsed(config, tuple(faults), frozenset(reader.meant))
 
@@ -135,14 +140,14 @@ def _value_faults(leaf: Leaf, value: Any) -> Iterator[Fault]:
 
 def _nothing(leaf: Leaf) -> Any:
     """The placeholder of a required key that isn't given."""
-    return [] if typing.get_origin(leaf.type) is tuple else ""
+    return () if typing.get_origin(leaf.type) is tuple else ""
 
 
 def _fallback(leaf: Leaf) -> Any:
     """The placeholder of a key whose value can't be read."""
     if leaf.nullable:
         return None
-    return "" if leaf.default is REQUIRED else leaf.default
+    return _nothing(leaf) if leaf.default is REQUIRED else leaf.default
 
 
 def _put(node: DictConfig, key: str, value: Any) -> None:

@@ -256,6 +256,7 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
 def _yaml_file(path: str) -> tuple[dict[str, Any], Fault | None]:
     """The content of a YAML file of keys, or what is wrong with it."""
     where = f"config={path}"
+    path = os.path.expanduser(path)
     if not Path(path).is_file():
         return {}, Fault(where, "no such file.", "Give the path of a YAML file.")
     try:

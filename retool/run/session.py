@@ -115,7 +115,7 @@ def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
     mixed = seed * 1_000_003 + rank
     random.seed(mixed)
     np.random.seed(mixed % 2**32)
-    torch.manual_seed(mixed)
+    torch.manual_seed(mixed % 2**64)  # it takes no larger one
     if deterministic:
         # cuBLAS repeats its bits only with workspaces of a fixed size, and reads this when it is
         # first used.

@@ -222,13 +222,31 @@ def test_values(word: str, key: str, value: object) -> None:
     assert got == value and type(got) is type(value)
 
 
-def test_a_path_at_home_is_no_folder_called_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
-    words = ["trainer.default_local_dir=~/runs/a", "trainer.project_name=~me"]
+def test_a_path_at_home_is_no_folder_called_tilde(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("trainer: {default_local_dir: ~/runs/a}")
+    words = ["config=~/run.yaml", "trainer.project_name=~me"]
     parsed = read(SFTConfig, words, options={"data.cache_dir": "~/cache"})
-    assert parsed.config.trainer.default_local_dir == "/home/me/runs/a"
-    assert parsed.config.data.cache_dir == "/home/me/cache"
+    assert parsed.config.trainer.default_local_dir == f"{tmp_path}/runs/a"
+    assert parsed.config.data.cache_dir == f"{tmp_path}/cache"
     assert parsed.config.trainer.project_name == "~me"
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "data.train_files=${DATA}/train.parquet",
+        "data.val_files=[a.parquet,'${DATA}/val.parquet']",
+        "data.apply_chat_template_kwargs={date: '${DATE}'}",
+    ],
+)
+def test_a_shell_variable_in_single_quotes_is_a_fault(word: str) -> None:
+    parsed = read(SFTConfig, ["data.train_files=a", "model.partial_pretrain=m", word])
+    (fault,) = parsed.faults
+    assert fault.where == word.partition("=")[0] and "not found" in fault.problem
+    assert parsed.config.data.apply_chat_template_kwargs == {}
 
 
 def test_every_synonym_leads_to_a_key() -> None:

@@ -13,11 +13,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
 
 from retool.files.lock import in_use, sole_user
 from retool.files.own_folder import OwnFolder
 from retool.parallel.mesh import make_mesh
 from retool.run.preemption import SIGNALS, StopRequest
+from retool.run.program import as_guest
+from retool.run.session import seed_everything
 from retool.run.start import ended_well, tell_launcher
 from tests.sft.conftest import work
 from tests.sft.test_command import words
@@ -148,6 +151,14 @@ def test_a_folder_that_went_is_no_error_of_its_user(tmp_path: Path) -> None:
         (tmp_path / "run").rmdir()
         (tmp_path / "run").mkdir()  # another run's, which is still empty
     assert (tmp_path / "run").exists()
+
+
+def test_a_seed_may_be_as_large_as_one_likes() -> None:
+    with as_guest():
+        seed_everything(2**70, 0, False)
+        one = torch.rand(1)
+        seed_everything(2**70, 1, False)
+        assert torch.rand(1) != one
 
 
 def test_a_run_that_fails_gives_the_signals_back() -> None:
