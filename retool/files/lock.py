@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import IO
 
 
-def keep(file: IO[str]) -> bool:
-    """Keep a file from every other process that asks likewise, until it is closed; False where one
-    has it. Disks that know no such locks are used without.
+def keep(file: IO[str] | int) -> bool:
+    """Keep an open file, or folder, from every other process that asks likewise, until it is closed;
+    False where one has it. Disks that know no such locks are used without.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,24 +55,13 @@ def _locked(folder: Path, end: float) -> int:
         # would keep nobody out of the next.
         with contextlib.suppress(FileNotFoundError):
             handle = os.open(folder, os.O_RDONLY)
-            if _lock(handle) and _is_named(folder, handle):
+            if keep(handle) and _is_named(folder, handle):
                 return handle
             os.close(handle)
         if time.monotonic() > end:
             raise ValueError("another run is writing there.")
         # flock can't wait for so long and no longer, so it is asked again
         time.sleep(0.2)
-
-
-def _lock(handle: int) -> bool:
-    """Whether the folder is this process's now, as far as its disk knows such locks."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _is_named(folder: Path, handle: int) -> bool:
